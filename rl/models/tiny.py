@@ -1,0 +1,281 @@
+"""Tiny models and tokenizers, made on the spot: for tests, for the smoke recipe, for a laptop without a network.
+
+Each maker writes one directory that vLLM, transformers and our own loader accept like any downloaded model:
+``config.json``, ``generation_config.json``, ``model.safetensors`` with one tensor per expert under the standard
+Hugging Face names, and the files of a tokenizer. Weights are random, a pure function of ``seed``; they are drawn
+wider than a real model's, so that routers and next-token distributions are far from uniform.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+SPECIAL_TOKENS = (PAD, BOS, EOS)  # ids 0, 1, 2
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+_DEFAULT_TEXTS = ("0123456789 + - * / = ( ) What is the answer?",)
+_VOCABULARY_MULTIPLE = 64
+
+
+def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 320) -> Path:
+    """Train a byte-level BPE tokenizer and write it to ``path``.
+
+    Digits are always single tokens, so that arithmetic does not depend on which numbers the texts held.
+    ``<pad>``, ``<bos>``, ``<eos>`` are ids 0, 1, 2; the 256 bytes follow, then merges.
+
+    Args:
+        texts: what the merges are learnt from.
+        path: directory to write to; made when missing.
+        vocab_size: upper limit of the vocabulary, at least 259 (specials and bytes).
+
+    Raises:
+        ValueError: ``vocab_size`` has no room for specials and bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    smallest = len(SPECIAL_TOKENS) + 256
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size must be >= {smallest} (3 special tokens and 256 bytes), got {vocab_size}")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def qwen3_moe(
+    path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    layers: int = 4,
+    hidden: int = 64,
+    experts: int = 8,
+    topk: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    moe_intermediate: int = 64,
+    intermediate: int | None = None,
+    mlp_only_layers: Sequence[int] = (),
+    decoder_sparse_step: int = 1,
+    tie_word_embeddings: bool = False,
+    max_positions: int = 8192,
+    initializer_range: float = 0.15,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Path:
+    """Write a random Qwen3-MoE model with its tokenizer to ``path`` and return the path.
+
+    Args:
+        tokenizer: directory of an existing tokenizer to copy in; None trains a bytes-only one.
+        layers, hidden, heads, kv_heads, head_dim: the attention trunk. vLLM's CPU backend wants ``head_dim`` >= 32.
+        experts, topk, moe_intermediate: each MoE layer.
+        intermediate: width of dense MLPs (``mlp_only_layers``), default ``2 * hidden``.
+        mlp_only_layers, decoder_sparse_step: which layers are dense, as in the HF config.
+        dtype: "float32", "bfloat16" or "float16", of the saved tensors.
+        seed: of the weights.
+    """
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    vocabulary = _place_tokenizer(path, tokenizer)
+    config = Qwen3MoeConfig(
+        **_trunk(vocabulary, layers, hidden, heads, kv_heads, max_positions, initializer_range),
+        head_dim=head_dim,
+        intermediate_size=intermediate or 2 * hidden,
+        moe_intermediate_size=moe_intermediate,
+        num_experts=experts,
+        num_experts_per_tok=topk,
+        norm_topk_prob=True,
+        decoder_sparse_step=decoder_sparse_step,
+        mlp_only_layers=list(mlp_only_layers),
+        tie_word_embeddings=tie_word_embeddings,
+        router_aux_loss_coef=0.0,
+    )
+    return _save(Qwen3MoeForCausalLM, config, path, dtype, seed)
+
+
+def mixtral(
+    path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    layers: int = 4,
+    hidden: int = 64,
+    experts: int = 8,
+    topk: int = 2,
+    heads: int = 2,
+    kv_heads: int = 1,
+    intermediate: int = 64,
+    max_positions: int = 8192,
+    initializer_range: float = 0.15,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Path:
+    """Write a random Mixtral model with its tokenizer to ``path``; arguments as in :func:`qwen3_moe`.
+
+    ``hidden / heads`` is the head dimension; vLLM's CPU backend wants >= 32.
+    """
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    vocabulary = _place_tokenizer(path, tokenizer)
+    config = MixtralConfig(
+        **_trunk(vocabulary, layers, hidden, heads, kv_heads, max_positions, initializer_range),
+        head_dim=hidden // heads,
+        intermediate_size=intermediate,
+        num_local_experts=experts,
+        num_experts_per_tok=topk,
+        sliding_window=None,
+        tie_word_embeddings=False,
+        router_aux_loss_coef=0.0,
+    )
+    return _save(MixtralForCausalLM, config, path, dtype, seed)
+
+
+def llama(
+    path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    layers: int = 4,
+    hidden: int = 64,
+    heads: int = 2,
+    kv_heads: int = 1,
+    intermediate: int = 128,
+    tie_word_embeddings: bool = False,
+    max_positions: int = 8192,
+    initializer_range: float = 0.15,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Path:
+    """Write a random dense Llama model with its tokenizer to ``path``; arguments as in :func:`qwen3_moe`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    vocabulary = _place_tokenizer(path, tokenizer)
+    config = LlamaConfig(
+        **_trunk(vocabulary, layers, hidden, heads, kv_heads, max_positions, initializer_range),
+        head_dim=hidden // heads,
+        intermediate_size=intermediate,
+        tie_word_embeddings=tie_word_embeddings,
+    )
+    return _save(LlamaForCausalLM, config, path, dtype, seed)
+
+
+def _trunk(
+    vocabulary: int, layers: int, hidden: int, heads: int, kv_heads: int, max_positions: int, initializer_range: float
+) -> dict[str, Any]:
+    """The fields that every architecture's config shares."""
+    return dict(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=max_positions,
+        initializer_range=initializer_range,
+        rms_norm_eps=1e-6,
+        pad_token_id=SPECIAL_TOKENS.index(PAD),
+        bos_token_id=SPECIAL_TOKENS.index(BOS),
+        eos_token_id=SPECIAL_TOKENS.index(EOS),
+    )
+
+
+def _place_tokenizer(path: str | Path, tokenizer: str | Path | None) -> int:
+    """Put a tokenizer into ``path``; returns the vocabulary padded to a multiple of 64 (any TP size divides it)."""
+    path = Path(path)
+    if tokenizer is None:
+        train_tokenizer(_DEFAULT_TEXTS, path, len(SPECIAL_TOKENS) + 256)
+    elif Path(tokenizer).resolve() != path.resolve():
+        path.mkdir(parents=True, exist_ok=True)
+        source = Path(tokenizer)
+        if not (source / "tokenizer.json").is_file():
+            raise FileNotFoundError(f"expected a tokenizer.json in {source}; make one with train_tokenizer(texts, path)")
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+            if (source / name).is_file():
+                shutil.copy(source / name, path / name)
+    from transformers import AutoTokenizer
+
+    size = len(AutoTokenizer.from_pretrained(path))
+    return -(-size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+
+
+def _save(model_class: Any, config: Any, path: str | Path, dtype: str, seed: int) -> Path:
+    import torch
+    from transformers.utils import logging
+
+    generator_state = torch.random.get_rng_state()  # making a model must not move the caller's random stream
+    try:
+        torch.manual_seed(seed)
+        model = model_class(config).to(getattr(torch, dtype))
+    finally:
+        torch.random.set_rng_state(generator_state)
+    path = Path(path)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(path)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    _write_published_field_names(path)
+    _expect_one_tensor_per_expert(path, config)
+    return path
+
+
+def _write_published_field_names(path: Path) -> None:
+    """Add the field names of published checkpoints, which transformers >= 5 renames when it saves."""
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    if config["model_type"] == "qwen3_moe":
+        config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _expect_one_tensor_per_expert(path: Path, config: Any) -> None:
+    """transformers >= 5 fuses experts in memory; what is on disk must still be what everyone else reads."""
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if not experts:
+        return
+    names = tensor_names(path)
+    if not any(f".experts.{experts - 1}." in name for name in names):
+        raise RuntimeError(
+            f"expected one tensor per expert (names holding '.experts.{experts - 1}.') in {path}, found e.g. "
+            f"{[n for n in names if 'expert' in n][:3]}; use a transformers whose save_pretrained unfuses experts"
+        )
+
+
+def tensor_names(path: str | Path) -> list[str]:
+    """Names of all tensors in the safetensors files of a model directory, sorted; no tensor is read."""
+    names: list[str] = []
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        names.extend(name for name in header if name != "__metadata__")
+    return sorted(names)
