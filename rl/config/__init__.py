@@ -1,0 +1,66 @@
+"""A run's configuration: one typed YAML file, overrides ``a.b=c``, all violations reported at once.
+
+config = load("recipes/smoke.yaml", ["run.seed=1", "trainer.parallel.ep=2"])
+config.trainer.optimizer.lr
+print(to_yaml(config))
+"""
+
+from rl.config.loading import ConfigError, describe, field_paths, from_dict, load, to_dict, to_yaml
+from rl.config.rules import Violation
+from rl.config.sections import (
+    AlgorithmSection,
+    CheckpointSection,
+    DataSection,
+    EvaluationSection,
+    ImportanceSection,
+    KLSection,
+    Limits,
+    LoggingSection,
+    ModelSection,
+    OptimizerSection,
+    ParallelSection,
+    RaySection,
+    RewardSection,
+    RolloutSection,
+    RoutesSection,
+    RunConfig,
+    RunSection,
+    SamplingSection,
+    SourceSection,
+    SuccessSection,
+    TrainerSection,
+    WarmupSection,
+)
+
+__all__ = [
+    "AlgorithmSection",
+    "CheckpointSection",
+    "ConfigError",
+    "DataSection",
+    "EvaluationSection",
+    "ImportanceSection",
+    "KLSection",
+    "Limits",
+    "LoggingSection",
+    "ModelSection",
+    "OptimizerSection",
+    "ParallelSection",
+    "RaySection",
+    "RewardSection",
+    "RolloutSection",
+    "RoutesSection",
+    "RunConfig",
+    "RunSection",
+    "SamplingSection",
+    "SourceSection",
+    "SuccessSection",
+    "TrainerSection",
+    "Violation",
+    "WarmupSection",
+    "describe",
+    "field_paths",
+    "from_dict",
+    "load",
+    "to_dict",
+    "to_yaml",
+]

@@ -1,0 +1,375 @@
+"""What fields of a run's configuration demand of each other.
+
+Each rule is a function that yields `Violation`s. `check` runs them all, so that a user sees everything at once.
+A rule names the fields it looks at; when one of those is already known to be invalid, the violation is dropped,
+because its text would speak about a value that the user did not write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from rl.config.sections import RunConfig, SourceSection
+
+RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One thing wrong with a configuration.
+
+    Attributes:
+        path: the field to look at first, dotted.
+        message: what was expected, what came, what to do.
+        fields: every field the message speaks of, dotted; a prefix stands for the whole section.
+    """
+
+    path: str
+    message: str
+    fields: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}"
+
+
+Rule = Callable[[RunConfig], Iterator[Violation]]
+
+
+def check(config: RunConfig, ignore: frozenset[str] = frozenset()) -> list[Violation]:
+    """All violations of cross-field rules, in the order of the file.
+
+    Args:
+        config: a configuration whose single fields are valid.
+        ignore: dotted fields that are known to be invalid; violations that involve them are left out.
+    """
+    found = [violation for rule in RULES for violation in rule(config)]
+    return [v for v in found if not any(_touches(field, bad) for field in (v.path, *v.fields) for bad in ignore)]
+
+
+def _touches(field: str, bad: str) -> bool:
+    return field == bad or field.startswith(bad + ".") or bad.startswith(field + ".")
+
+
+def _sources(config: RunConfig) -> Iterator[Violation]:
+    sources: list[tuple[str, SourceSection]] = [("data.train", config.data.train)]
+    if config.data.eval is not None:
+        sources.append(("data.eval", config.data.eval))
+    for path, source in sources:
+        if (source.reasoning_gym is None) == (source.jsonl is None):
+            came = "neither" if source.jsonl is None else "both"
+            yield Violation(
+                path, f"expected one of `reasoning_gym` and `jsonl`, came {came}; set one, the other to null."
+            )
+        elif source.reasoning_gym is not None:
+            for name in ("size", "seed"):
+                if getattr(source, name) is None:
+                    yield Violation(
+                        f"{path}.{name}", "a reasoning-gym task needs a number, came null; set it.", (path,)
+                    )
+        else:
+            for name, value in (("args", source.args), ("seed", source.seed)):
+                if value not in (None, {}):
+                    yield Violation(
+                        f"{path}.{name}",
+                        f"only a reasoning-gym task takes it, came {value!r} with `jsonl`; remove it.",
+                        (path,),
+                    )
+
+
+def _prompt_template(config: RunConfig) -> Iterator[Violation]:
+    template = config.data.prompt_template
+    if "{prompt}" not in template:
+        yield Violation(
+            "data.prompt_template", f"expected a text that holds {{prompt}}, came {template!r}; put {{prompt}} in it."
+        )
+    if config.data.chat and template != "{prompt}":
+        yield Violation(
+            "data.chat",
+            "expected either the chat template or `prompt_template`, came both; remove one.",
+            ("data.prompt_template",),
+        )
+
+
+def _held_out(config: RunConfig) -> Iterator[Violation]:
+    """Problem i of a task has generator seed `seed + i`, so it is the seed ranges that must not overlap."""
+    held_out = config.data.eval
+    if held_out is None:
+        return
+    train = config.data.train
+    if train.jsonl is not None and train.jsonl == held_out.jsonl:
+        yield Violation(
+            "data.eval.jsonl",
+            f"held-out problems would not be held out: training reads {train.jsonl} too; use another file.",
+            ("data.train.jsonl",),
+        )
+    used = [("data.train", train.reasoning_gym, train.seed, train.size)]
+    if config.warmup.steps > 0:
+        examples = config.warmup.examples or config.warmup.steps * config.warmup.batch_size
+        used.append(("warmup", train.reasoning_gym, config.warmup.examples_seed, examples))
+    for path, task, seed, size in used:
+        if task is None or task != held_out.reasoning_gym:
+            continue
+        if seed is None or size is None or held_out.seed is None or held_out.size is None:
+            continue
+        if seed < held_out.seed + held_out.size and held_out.seed < seed + size:
+            yield Violation(
+                "data.eval.seed",
+                "held-out problems would not be held out: they use generator seeds "
+                f"{_range(held_out.seed, held_out.size)} "
+                f"and {path} uses {_range(seed, size)} of the same task; set seeds further apart.",
+                ("data.train", "data.eval.size", *(("warmup",) if path == "warmup" else ())),
+            )
+
+
+def _range(first: int, count: int) -> str:
+    return f"{first}..{first + count - 1}"
+
+
+def _sampling(config: RunConfig) -> Iterator[Violation]:
+    for name, off, value in (("top_p", 1.0, config.sampling.top_p), ("top_k", 0, config.sampling.top_k)):
+        if value != off:
+            yield Violation(
+                f"sampling.{name}",
+                f"expected {off} (off), came {value}: training computes log-probs of the whole distribution, so "
+                f"truncated sampling would make every ratio wrong; set it to {off}.",
+            )
+
+
+def _lengths(config: RunConfig) -> Iterator[Violation]:
+    longest = config.longest_sample
+    if longest > config.rollout.max_model_len:
+        yield Violation(
+            "rollout.max_model_len",
+            f"expected at least data.max_prompt_tokens + sampling.max_tokens = {longest}, came "
+            f"{config.rollout.max_model_len}; raise it or lower one of them.",
+            ("data.max_prompt_tokens", "sampling.max_tokens"),
+        )
+    if config.trainer.tokens_per_micro_batch < longest - 1:
+        yield Violation(
+            "trainer.tokens_per_micro_batch",
+            f"expected room for the longest sample (data.max_prompt_tokens + sampling.max_tokens - 1 = {longest - 1}), "
+            f"came {config.trainer.tokens_per_micro_batch}; raise it or lower one of them.",
+            ("data.max_prompt_tokens", "sampling.max_tokens"),
+        )
+
+
+def _layout(config: RunConfig) -> Iterator[Violation]:
+    ranks, parallel = config.trainer.ranks, config.trainer.parallel
+    fields = ("trainer.ranks", "trainer.parallel")
+    if parallel.cp > 1:
+        yield Violation(
+            "trainer.parallel.cp",
+            f"context parallelism is not supported, came {parallel.cp}; set it to 1 and use tp or pp.",
+        )
+    for names in (("tp", "pp"), ("etp", "ep", "pp")):
+        size = 1
+        for name in names:
+            size *= getattr(parallel, name)
+        product = "*".join(names)
+        if ranks < size:
+            yield Violation(
+                "trainer.ranks",
+                f"expected at least {product} = {size}, came {ranks}; raise it or lower trainer.parallel.",
+                fields,
+            )
+        elif ranks % size:
+            yield Violation(
+                "trainer.ranks",
+                f"expected a multiple of {product} = {size}, came {ranks}; change it or trainer.parallel.",
+                fields,
+            )
+    if parallel.vpp > 1 and parallel.pp == 1:
+        yield Violation(
+            "trainer.parallel.vpp",
+            f"virtual pipeline stages need a pipeline: expected 1 because pp = 1, came {parallel.vpp}; "
+            "raise pp or set vpp to 1.",
+            ("trainer.parallel.pp",),
+        )
+    if parallel.tp > 1 and not config.trainer.sequence_parallel:
+        yield Violation(
+            "trainer.sequence_parallel",
+            f"expected true because trainer.parallel.tp = {parallel.tp} (Megatron's MoE layers demand it), "
+            "came false; set it.",
+            ("trainer.parallel.tp",),
+        )
+    if parallel.tp == 1 and config.trainer.sequence_parallel:
+        yield Violation(
+            "trainer.sequence_parallel",
+            "expected false because trainer.parallel.tp = 1, came true; remove it or raise tp.",
+            ("trainer.parallel.tp",),
+        )
+
+
+def _recompute(config: RunConfig) -> Iterator[Violation]:
+    modules, mode = config.trainer.recompute_modules, config.trainer.recompute
+    if mode == "selective" and not modules:
+        yield Violation(
+            "trainer.recompute_modules",
+            f"expected some of {', '.join(RECOMPUTE_MODULES)} because recompute is selective, came none; list them.",
+            ("trainer.recompute",),
+        )
+    if mode != "selective" and modules:
+        yield Violation(
+            "trainer.recompute_modules",
+            f"expected none because recompute is {mode}, came {', '.join(modules)}; set `recompute: selective`.",
+            ("trainer.recompute",),
+        )
+    unknown = [module for module in modules if module not in RECOMPUTE_MODULES]
+    if unknown:
+        yield Violation(
+            "trainer.recompute_modules",
+            f"expected some of {', '.join(RECOMPUTE_MODULES)}, came {', '.join(unknown)}; correct or remove it.",
+        )
+
+
+def _machine(config: RunConfig) -> Iterator[Violation]:
+    if config.model.dtype == "float64" and config.trainer.backend != "gloo":
+        yield Violation(
+            "model.dtype",
+            f"float64 trains on CPU only (trainer.backend: gloo), came {config.trainer.backend}; change one of them.",
+            ("trainer.backend",),
+        )
+    needed = config.trainer.ranks + config.rollout.engines * config.rollout.tensor_parallel
+    if config.ray.address is not None:
+        for name in ("num_cpus", "temp_dir"):
+            if getattr(config.ray, name) is not None:
+                yield Violation(
+                    f"ray.{name}",
+                    "only a private instance takes it, and ray.address joins a running one; remove one of them.",
+                    ("ray.address",),
+                )
+    elif config.ray.num_cpus is not None and config.ray.num_cpus < needed:
+        yield Violation(
+            "ray.num_cpus",
+            f"expected at least {needed} (trainer ranks and engine ranks, one each), came {config.ray.num_cpus}; "
+            "raise it or set it to null (these are Ray's tokens, not cores: more than the machine has is fine).",
+            ("trainer.ranks", "rollout.engines", "rollout.tensor_parallel"),
+        )
+
+
+def _optimizer(config: RunConfig) -> Iterator[Violation]:
+    optimizer = config.trainer.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        yield Violation(
+            "trainer.optimizer.min_lr",
+            f"expected at most trainer.optimizer.lr = {optimizer.lr}, came {optimizer.min_lr}; lower it.",
+            ("trainer.optimizer.lr",),
+        )
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        yield Violation(
+            "trainer.optimizer.betas", f"expected two numbers in [0, 1), came {list(optimizer.betas)}; correct them."
+        )
+
+
+def _batches(config: RunConfig) -> Iterator[Violation]:
+    fields = ("data.prompts_per_step", "data.samples_per_prompt", "trainer.ranks", "trainer.parallel")
+    samples, mini_batches = config.samples_per_step, config.algorithm.mini_batches
+    parallel = config.trainer.parallel
+    data_parallel = max(1, config.trainer.ranks // (parallel.tp * parallel.pp))
+    product = f"data.prompts_per_step * data.samples_per_prompt = {samples}"
+    if samples % mini_batches:
+        yield Violation(
+            "algorithm.mini_batches",
+            f"expected a divisor of {product}, came {mini_batches}; change one of them.",
+            fields[:2],
+        )
+    elif samples // mini_batches < data_parallel:
+        yield Violation(
+            "algorithm.mini_batches",
+            f"a mini-batch has {samples // mini_batches} samples and there are {data_parallel} data-parallel ranks; "
+            f"each rank needs at least one ({product}); lower mini_batches or take more samples.",
+            fields,
+        )
+    if config.data.samples_per_prompt < 2 and not config.algorithm.zero_advantages:
+        yield Violation(
+            "data.samples_per_prompt",
+            f"{config.algorithm.advantage} compares samples of one prompt: expected at least 2, came "
+            f"{config.data.samples_per_prompt} (every advantage would be 0); raise it.",
+            ("algorithm.advantage", "algorithm.zero_advantages"),
+        )
+    size = config.data.train.size
+    if size is not None and config.data.prompts_per_step > size:
+        yield Violation(
+            "data.prompts_per_step",
+            f"expected at most data.train.size = {size}, came {config.data.prompts_per_step}; "
+            "lower it or raise the size.",
+            ("data.train.size",),
+        )
+
+
+def _routes(config: RunConfig) -> Iterator[Violation]:
+    algorithm, capture = config.algorithm, config.rollout.capture_routes
+    if not capture:
+        for name in ("old_logprob", "train", "reference"):
+            if getattr(algorithm.routes, name) == "replay":
+                yield Violation(
+                    f"algorithm.routes.{name}",
+                    "replay needs the routes of rollout, and rollout.capture_routes is false; "
+                    "set `own`, or capture routes.",
+                    ("rollout.capture_routes",),
+                )
+    if algorithm.routes.compare_own_every and "replay" not in (algorithm.routes.train, algorithm.routes.old_logprob):
+        yield Violation(
+            "algorithm.routes.compare_own_every",
+            f"expected 0 because no pass replays routes, came {algorithm.routes.compare_own_every}; set it to 0.",
+            ("algorithm.routes.train", "algorithm.routes.old_logprob", "rollout.capture_routes"),
+        )
+
+
+def _importance(config: RunConfig) -> Iterator[Violation]:
+    algorithm = config.algorithm
+    if algorithm.importance.truncation is not None and algorithm.old_logprobs == "rollout":
+        yield Violation(
+            "algorithm.importance.truncation",
+            f"it weighs recomputed old log-probs against rollout's, and algorithm.old_logprobs is rollout; expected null, "
+            f"came {algorithm.importance.truncation}; set `old_logprobs: recompute` or truncation to null.",
+            ("algorithm.old_logprobs",),
+        )
+
+
+def _evaluation(config: RunConfig) -> Iterator[Violation]:
+    evaluation, held_out = config.evaluation, config.data.eval
+    success = evaluation.success
+    if held_out is None:
+        for path, wanted in (
+            ("evaluation.every", evaluation.every > 0),
+            ("evaluation.success.before_max", success.before_max is not None),
+            ("evaluation.success.after_min", success.after_min is not None),
+        ):
+            if wanted:
+                yield Violation(
+                    path, "needs held-out prompts, and data.eval is null; set data.eval or remove it.", ("data.eval",)
+                )
+        return
+    if held_out.size is not None and evaluation.prompts > held_out.size:
+        yield Violation(
+            "evaluation.prompts",
+            f"expected at most data.eval.size = {held_out.size}, came {evaluation.prompts}; "
+            "lower it or raise the size.",
+            ("data.eval.size",),
+        )
+    for name, when in (("before_max", "at_start"), ("after_min", "at_end")):
+        if getattr(success, name) is not None and not getattr(evaluation, when):
+            yield Violation(
+                f"evaluation.success.{name}",
+                f"needs the evaluation that evaluation.{when}: false turns off; set {when} to true or {name} to null.",
+                (f"evaluation.{when}",),
+            )
+
+
+RULES: tuple[Rule, ...] = (
+    _sources,
+    _prompt_template,
+    _held_out,
+    _sampling,
+    _lengths,
+    _layout,
+    _recompute,
+    _machine,
+    _optimizer,
+    _batches,
+    _routes,
+    _importance,
+    _evaluation,
+)

@@ -1,0 +1,338 @@
+"""The typed sections of a run's YAML file.
+
+Every field carries its meaning, unit and default; what one field demands of another is in `rules`. Values are
+checked strictly (a quoted ``"3"`` is not a number) and the sections are immutable once loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ConfigPath = Annotated[Path, Field(strict=False)]
+"""A path; relative ones are relative to the directory the command was started in."""
+
+ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+"""``package.module:function``."""
+
+Texts = Annotated[tuple[str, ...], Field(strict=False)]
+Seconds = Annotated[float, Field(gt=0)]
+Dtype = Literal["float32", "bfloat16", "float64"]
+RouteSource = Literal["replay", "own"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, values are strict and frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_by_name=True, validate_by_alias=True)
+
+
+class Limits(Section):
+    """How long the run waits for each kind of work before it stops and names who was waited for."""
+
+    engine_start_s: Seconds = Field(600.0, description="Seconds until a rollout engine is up, imports included.")
+    actor_start_s: Seconds = Field(300.0, description="Seconds until a trainer rank is up, imports included.")
+    generate_s: Seconds = Field(900.0, description="Seconds for one rollout iteration's (or evaluation's) generation.")
+    reward_s: Seconds = Field(300.0, description="Seconds for all rewards of one rollout iteration.")
+    train_step_s: Seconds = Field(900.0, description="Seconds for one training call on all ranks.")
+    weight_update_s: Seconds = Field(300.0, description="Seconds to send new weights to all engines.")
+    checkpoint_s: Seconds = Field(600.0, description="Seconds to write or read one checkpoint.")
+    collective_s: Seconds = Field(300.0, description="Seconds before a collective between trainer ranks times out.")
+
+
+class RunSection(Section):
+    """Name, place, length and seed of the run."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.\-]+$", description="Name of the run; part of paths.")
+    output_dir: ConfigPath | None = Field(None, description="Run directory; default `runs/<run.name>`.")
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of sampling, shuffling and everything else unnamed.")
+    steps: int | None = Field(None, ge=1, description="Rollout iterations to run; null: as many as `epochs` gives.")
+    epochs: int = Field(1, ge=1, description="Passes over `data.train`; only used when `steps` is null.")
+    limits: Limits = Field(default_factory=Limits, description="Seconds to wait for each kind of work.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_output_dir(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("output_dir") is None and isinstance(raw.get("name"), str):
+            return {**raw, "output_dir": f"runs/{raw['name']}"}
+        return raw
+
+
+class ModelSection(Section):
+    """The model to train, a Hugging Face directory, or how to make one."""
+
+    path: ConfigPath = Field(description="Hugging Face directory (config.json, safetensors, tokenizer).")
+    create: ImportPath | None = Field(
+        None, description="`module:function` called as f(path=..., **create_args) when the directory does not exist."
+    )
+    create_args: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of `create`.")
+    dtype: Dtype = Field("bfloat16", description="Parameter and compute type of the trainer; float64 is for tests.")
+
+
+class SourceSection(Section):
+    """One set of prompts: a reasoning-gym task or a JSONL file with `prompt` and `label`. Exactly one of both."""
+
+    reasoning_gym: str | None = Field(None, description="Name of a reasoning-gym task.")
+    args: dict[str, Any] = Field(default_factory=dict, description="Arguments of the reasoning-gym task.")
+    size: int | None = Field(None, ge=1, description="Problems of the task; for JSONL the first so many (null: all).")
+    seed: int | None = Field(None, ge=0, description="Generator seed; problem i of the task has seed `seed + i`.")
+    jsonl: ConfigPath | None = Field(None, description="File with one JSON object per line: prompt, label.")
+
+
+class DataSection(Section):
+    """Prompts of training and evaluation, and how many each iteration takes."""
+
+    train: SourceSection = Field(description="Prompts to train on.")
+    eval: SourceSection | None = Field(None, description="Held-out prompts; null: no evaluation.")
+    prompt_template: str = Field("{prompt}", description="Text around each prompt; must hold `{prompt}`.")
+    chat: bool = Field(False, description="Apply the tokenizer's chat template; excludes `prompt_template`.")
+    prompts_per_step: int = Field(32, ge=1, description="Prompts of one rollout iteration.")
+    samples_per_prompt: int = Field(8, ge=1, description="Responses sampled for each prompt: the group of GRPO.")
+    shuffle: bool = Field(True, description="Shuffle the training prompts anew in each epoch, from `run.seed`.")
+    max_prompt_tokens: int = Field(512, ge=1, description="Tokens; a longer prompt is an error that names it.")
+
+
+class RewardSection(Section):
+    """The reward function."""
+
+    path: ImportPath = Field(description="`module:function`, sync or async: reward(sample, args) -> float, or verl's.")
+    args: dict[str, Any] = Field(default_factory=dict, description="Given to the function as `args`.")
+    timeout_s: Seconds = Field(30.0, description="Seconds for one sample's reward.")
+    concurrency: int = Field(16, ge=1, description="Rewards computed at the same time.")
+    on_error: Literal["zero", "drop"] = Field(
+        "zero", description="A reward that raises or times out: give that sample 0, or leave it out of training."
+    )
+
+
+class SamplingSection(Section):
+    """How responses are sampled during training (evaluation has `evaluation.greedy`)."""
+
+    temperature: float = Field(1.0, gt=0, description="Logits are divided by it, in rollout and in training alike.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus size; only 1.0 (off) is supported.")
+    top_k: int = Field(0, ge=0, description="Number of likeliest tokens kept; only 0 (off) is supported.")
+    max_tokens: int = Field(256, ge=1, description="Longest response in tokens.")
+    stop: Texts = Field((), description="Texts that end a response besides the end-of-sequence token.")
+
+
+class RolloutSection(Section):
+    """The vLLM engines."""
+
+    engines: int = Field(1, ge=1, description="Number of engines, each a Ray actor.")
+    device: Literal["cpu", "cuda"] = Field("cpu", description="What the engines run on.")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="Type of the engines' weights; null: `model.dtype`, and float32 when that is float64."
+    )
+    max_model_len: int = Field(1024, ge=2, description="Longest prompt plus response in tokens.")
+    max_num_seqs: int = Field(64, ge=1, description="Sequences that one engine computes at the same time.")
+    kv_cache_gib: float = Field(1.0, gt=0, description="GiB of key-value cache of each engine.")
+    block_size: int = Field(32, ge=1, description="Tokens in a key-value cache block.")
+    tensor_parallel: int = Field(1, ge=1, description="Tensor-parallel ranks of each engine.")
+    max_regenerations: int = Field(
+        3, ge=0, description="How often a sample refused for bad routes is generated again before the run stops."
+    )
+    capture_routes: bool = Field(True, description="Return each token's experts; must be false for dense models.")
+
+
+class ParallelSection(Section):
+    """Megatron layout. Data parallelism is what remains: ranks / (tp*pp*cp); experts': ranks / (etp*ep*pp)."""
+
+    tp: int = Field(1, ge=1, description="Tensor-model-parallel size.")
+    pp: int = Field(1, ge=1, description="Pipeline-model-parallel size.")
+    vpp: int = Field(1, ge=1, description="Virtual pipeline stages per rank; 1: none.")
+    ep: int = Field(1, ge=1, description="Expert-model-parallel size.")
+    etp: int = Field(1, ge=1, description="Tensor-parallel size inside experts.")
+    cp: int = Field(1, ge=1, description="Context-parallel size; only 1 is supported.")
+
+
+class OptimizerSection(Section):
+    """Adam and its schedule; steps are optimizer steps."""
+
+    lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the schedule.")
+    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up from 0 to `lr`.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay after the warm-up.")
+    betas: Annotated[tuple[float, float], Field(strict=False)] = Field((0.9, 0.95), description="Adam's betas.")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    clip_grad: float = Field(1.0, ge=0, description="Global gradient norm to clip to; 0: no clipping.")
+
+
+class TrainerSection(Section):
+    """The Megatron ranks."""
+
+    ranks: int = Field(1, ge=1, description="Trainer ranks, each a Ray actor.")
+    backend: Literal["gloo", "nccl"] = Field("gloo", description="gloo trains on CPU, nccl on GPU.")
+    parallel: ParallelSection = Field(default_factory=ParallelSection, description="Megatron layout.")
+    sequence_parallel: bool = Field(False, description="Megatron's sequence parallelism; must be true when tp > 1.")
+    distributed_optimizer: bool = Field(True, description="Shard optimizer states over data-parallel ranks.")
+    recompute: Literal["none", "full", "selective"] = Field("none", description="Activation recomputation.")
+    recompute_modules: Texts = Field((), description="Modules recomputed when `recompute: selective`.")
+    tokens_per_micro_batch: int = Field(8192, ge=1, description="Token budget of a packed micro-batch on one rank.")
+    logprob_chunk_tokens: int = Field(1024, ge=1, description="Tokens whose logits are turned to log-probs at once.")
+    optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="Adam and its schedule.")
+
+
+class KLSection(Section):
+    """KL to the reference model (the weights before the first step)."""
+
+    coef: float = Field(0.0, ge=0, description="Weight of the KL; 0: no reference model is kept.")
+    estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of the KL from one sample.")
+    apply_in: Literal["loss", "reward"] = Field("loss", alias="in", description="Where the KL is added.")
+
+
+class ImportanceSection(Section):
+    """Correction of the mismatch between the rollout's and the trainer's log-probs."""
+
+    truncation: float | None = Field(
+        None, gt=0, description="Cap of exp(recomputed old - rollout log-prob) as a weight; null: no correction."
+    )
+
+
+class RoutesSection(Section):
+    """Which routes each pass uses: rollout's (`replay`) or those of its own router (`own`)."""
+
+    old_logprob: RouteSource = Field("replay", description="Pass that recomputes old log-probs.")
+    train: RouteSource = Field("replay", description="Forward and backward of the loss.")
+    reference: RouteSource = Field("own", description="Pass of the reference model.")
+    compare_own_every: int = Field(
+        0, ge=0, description="Every so many steps measure log-probs with own routes too, for the report; 0: never."
+    )
+
+
+class AlgorithmSection(Section):
+    """Advantages and loss."""
+
+    advantage: Literal["grpo"] = Field("grpo", description="How rewards become advantages.")
+    normalize_std: bool = Field(True, description="Divide by the group's standard deviation (false: Dr. GRPO).")
+    clip_low: float = Field(0.2, ge=0, lt=1, description="PPO clip: the ratio's lower bound is 1 - clip_low.")
+    clip_high: float = Field(0.2, ge=0, description="PPO clip: the ratio's upper bound is 1 + clip_high.")
+    kl: KLSection = Field(default_factory=KLSection, description="KL to the reference model.")
+    aggregation: Literal["token_mean", "sequence_mean"] = Field(
+        "token_mean", description="Mean over all tokens of the mini-batch, or mean over sequences of token means."
+    )
+    importance: ImportanceSection = Field(
+        default_factory=ImportanceSection, description="Correction of the train-rollout mismatch."
+    )
+    entropy_coef: float = Field(0.0, description="Weight of the entropy bonus.")
+    epochs_per_batch: int = Field(1, ge=1, description="Passes over one iteration's samples.")
+    mini_batches: int = Field(1, ge=1, description="Optimizer steps per pass; must divide the number of samples.")
+    old_logprobs: Literal["rollout", "recompute"] = Field(
+        "recompute", description="Denominator of the ratio: the engine's log-probs, or the trainer's before the step."
+    )
+    routes: RoutesSection = Field(default_factory=RoutesSection, description="Which routes each pass uses.")
+    zero_advantages: bool = Field(False, description="Set all advantages to 0: the control experiment.")
+
+
+class WarmupSection(Section):
+    """Supervised warm-up on solved problems, before the loop."""
+
+    steps: int = Field(0, ge=0, description="Optimizer steps; 0: no warm-up.")
+    batch_size: int = Field(32, ge=1, description="Solved problems per step.")
+    lr: float = Field(1e-3, gt=0, description="Learning rate (constant).")
+    examples: int | None = Field(None, ge=1, description="Different problems; null: steps * batch_size.")
+    examples_seed: int = Field(0, ge=0, description="Generator seed; example i has seed `examples_seed + i`.")
+    stop_at_accuracy: float | None = Field(
+        None, gt=0, le=1, description="Stop early at this greedy accuracy on problems of the warm-up; null: never."
+    )
+
+
+class SuccessSection(Section):
+    """Thresholds on held-out accuracy; the command ends with code 3 when one is missed."""
+
+    before_max: float | None = Field(None, ge=0, le=1, description="Highest accuracy before training; null: off.")
+    after_min: float | None = Field(None, ge=0, le=1, description="Lowest accuracy after training; null: off.")
+
+
+class EvaluationSection(Section):
+    """Evaluation on held-out prompts."""
+
+    every: int = Field(0, ge=0, description="Rollout iterations between evaluations; 0: only at start and end.")
+    prompts: int = Field(128, ge=1, description="Held-out prompts, the first so many of `data.eval`.")
+    greedy: bool = Field(True, description="Greedy decoding; false: sample as in training.")
+    at_start: bool = Field(True, description="Evaluate before the first iteration (after the warm-up).")
+    at_end: bool = Field(True, description="Evaluate after the last iteration.")
+    success: SuccessSection = Field(default_factory=SuccessSection, description="Thresholds of the exit code.")
+
+
+class CheckpointSection(Section):
+    """Megatron distributed checkpoints of weights, optimizer, RNG and loop state."""
+
+    every: int = Field(10, ge=0, description="Rollout iterations between checkpoints; 0: only at the end.")
+    keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
+    save_optimizer: bool = Field(True, description="Save optimizer states; without them a run cannot be resumed.")
+
+
+class LoggingSection(Section):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    wandb: Literal["off", "auto", "offline", "online"] = Field(
+        "auto", description="Weights & Biases; auto: online with WANDB_API_KEY, offline without."
+    )
+    wandb_project: str = Field("megatron-ultraep", description="Project name at Weights & Biases.")
+    tensorboard: bool = Field(True, description="Write TensorBoard event files.")
+    progress: bool = Field(True, description="Progress bar, or one line per step when not on a terminal.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yaml_off(cls, raw: Any) -> Any:
+        """YAML reads a bare `off` as false; take it as it was meant."""
+        if isinstance(raw, dict) and isinstance(raw.get("wandb"), bool):
+            return {**raw, "wandb": "auto" if raw["wandb"] else "off"}
+        return raw
+
+
+class RaySection(Section):
+    """The Ray instance."""
+
+    address: str | None = Field(None, description="Cluster to join; null: a private local instance, ended with us.")
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of the private instance; null: as many as actors ask.")
+    object_store_mib: int = Field(256, ge=80, description="MiB of the private instance's object store.")
+    temp_dir: ConfigPath | None = Field(None, description="Ray's files; null: a fresh directory, removed at the end.")
+
+
+class RunConfig(Section):
+    """One run, whole."""
+
+    run: RunSection = Field(description=RunSection.__doc__)
+    model: ModelSection = Field(description=ModelSection.__doc__)
+    data: DataSection = Field(description=DataSection.__doc__)
+    reward: RewardSection = Field(description=RewardSection.__doc__)
+    sampling: SamplingSection = Field(default_factory=SamplingSection, description=SamplingSection.__doc__)
+    rollout: RolloutSection = Field(default_factory=RolloutSection, description=RolloutSection.__doc__)
+    trainer: TrainerSection = Field(default_factory=TrainerSection, description=TrainerSection.__doc__)
+    algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection, description=AlgorithmSection.__doc__)
+    warmup: WarmupSection = Field(default_factory=WarmupSection, description=WarmupSection.__doc__)
+    evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description=EvaluationSection.__doc__)
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description=CheckpointSection.__doc__)
+    logging: LoggingSection = Field(default_factory=LoggingSection, description=LoggingSection.__doc__)
+    ray: RaySection = Field(default_factory=RaySection, description=RaySection.__doc__)
+    allow_untested: bool = Field(False, description="Run with versions that were not tested; also --allow-untested.")
+
+    @property
+    def output_dir(self) -> Path:
+        """The run directory."""
+        return self.run.output_dir or Path("runs") / self.run.name
+
+    @property
+    def engine_dtype(self) -> Literal["float32", "bfloat16"]:
+        """Type of the engines' weights."""
+        if self.rollout.dtype is not None:
+            return self.rollout.dtype
+        return "bfloat16" if self.model.dtype == "bfloat16" else "float32"
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one rollout iteration."""
+        return self.data.prompts_per_step * self.data.samples_per_prompt
+
+    @property
+    def longest_sample(self) -> int:
+        """Tokens of the longest possible sample, prompt and response together."""
+        return self.data.max_prompt_tokens + self.sampling.max_tokens
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether a reference model is needed."""
+        return self.algorithm.kl.coef > 0
