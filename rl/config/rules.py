@@ -322,7 +322,8 @@ def _importance(config: RunConfig) -> Iterator[Violation]:
     if algorithm.importance.truncation is not None and algorithm.old_logprobs == "rollout":
         yield Violation(
             "algorithm.importance.truncation",
-            f"it weighs recomputed old log-probs against rollout's, and algorithm.old_logprobs is rollout; expected null, "
+            "it weighs recomputed old log-probs against rollout's, and algorithm.old_logprobs is rollout; "
+            "expected null, "
             f"came {algorithm.importance.truncation}; set `old_logprobs: recompute` or truncation to null.",
             ("algorithm.old_logprobs",),
         )

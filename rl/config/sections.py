@@ -309,6 +309,9 @@ class RunConfig(Section):
     logging: LoggingSection = Field(default_factory=LoggingSection, description=LoggingSection.__doc__)
     ray: RaySection = Field(default_factory=RaySection, description=RaySection.__doc__)
     allow_untested: bool = Field(False, description="Run with versions that were not tested; also --allow-untested.")
+    allow_changes: bool = Field(
+        False, description="Resume although fields that matter differ from the run's; also --allow-changes."
+    )
 
     @property
     def output_dir(self) -> Path:
