@@ -1,0 +1,249 @@
+"""Every name of Megatron-core that we use and that Megatron may rename, and every difference between its versions.
+
+Nothing else in the project imports from ``megatron.core`` except ``megatron.cpu``, whose subject is Megatron's
+internals on machines without CUDA. Tested versions: see :data:`TESTED_VERSIONS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+# The newest release for Python 3.11, and the newest release.
+TESTED_VERSIONS = ("0.16.1", "0.19.2")
+
+
+def version() -> str:
+    """Version of the Megatron-core that ``import megatron.core`` finds (PYTHONPATH wins over site-packages)."""
+    from megatron.core.package_info import __version__
+
+    return str(__version__)
+
+
+def has_transformer_engine() -> bool:
+    """Whether Megatron's Transformer Engine modules can be built here: TE imports and there is a CUDA device."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def transformer_config(**kwargs: Any) -> Any:
+    """A ``TransformerConfig`` from the fields that the installed version knows.
+
+    Raises:
+        TypeError: a field that this version does not have, by name.
+    """
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    known = set(inspect.signature(TransformerConfig).parameters)
+    unknown = sorted(set(kwargs) - known)
+    if unknown:
+        raise TypeError(f"Megatron-core {version()} has no TransformerConfig fields {unknown}; tested: {TESTED_VERSIONS}")
+    return TransformerConfig(**kwargs)
+
+
+def layer_spec(*, moe: bool, experts: int | None, qk_layernorm: bool, transformer_engine: bool) -> Any:
+    """Stock spec of one GPT layer: dense, or MoE with ``experts`` experts."""
+    from megatron.core.models.gpt import gpt_layer_specs as specs
+
+    if transformer_engine:
+        return specs.get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts if moe else None, moe_grouped_gemm=moe, qk_layernorm=qk_layernorm
+        )
+    return specs.get_gpt_layer_local_spec(
+        num_experts=experts if moe else None, moe_grouped_gemm=False, qk_layernorm=qk_layernorm, normalization="RMSNorm"
+    )
+
+
+def block_spec(layer_specs: Sequence[Any], final_norm: Any) -> Any:
+    """Spec of the layers of one model chunk and of the norm after the last layer of the model."""
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    return TransformerBlockSubmodules(layer_specs=list(layer_specs), layer_norm=final_norm)
+
+
+def transformer_engine_norm() -> Any:
+    """Megatron's wrapper of Transformer Engine's norm."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
+
+
+def gpt_model(**kwargs: Any) -> Any:
+    """Build a ``GPTModel``."""
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    return GPTModel(**kwargs)
+
+
+def router_class() -> type[torch.nn.Module]:
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    return TopKRouter
+
+
+def moe_layer_class() -> type[torch.nn.Module]:
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    return MoELayer
+
+
+def process_group_collection(**groups: Any) -> Any:
+    """A ``ProcessGroupCollection`` from the groups that the installed version knows; it takes no others."""
+    import dataclasses
+
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    known = {f.name for f in dataclasses.fields(ProcessGroupCollection)}
+    return ProcessGroupCollection(**{name: group for name, group in groups.items() if name in known})
+
+
+def packed_seq_params(cu_seqlens: torch.Tensor, max_seqlen: int) -> Any:
+    """``PackedSeqParams`` of a micro-batch whose sequences lie back to back.
+
+    Args:
+        cu_seqlens: int32 ``[sequences + 1]``, on the device of the model.
+        max_seqlen: rows of the longest sequence.
+    """
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )
+
+
+def distributed_data_parallel(
+    config: Any, chunks: Sequence[torch.nn.Module], groups: Any, *, distributed_optimizer: bool, grad_dtype_fp32: bool
+) -> list[torch.nn.Module]:
+    """Wrap model chunks in Megatron's DistributedDataParallel, weights broadcast from the first replica."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=False,
+        overlap_param_gather=False,
+        grad_reduce_in_fp32=grad_dtype_fp32,
+        average_in_collective=False,
+        check_for_nan_in_grad=False,
+    )
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=i > 0, pg_collection=groups)
+        for i, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def optimizer(chunks: Sequence[torch.nn.Module], groups: Any, **kwargs: Any) -> Any:
+    """Megatron's Adam for these chunks; keyword arguments are fields of ``OptimizerConfig``."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    config = OptimizerConfig(optimizer="adam", **kwargs)
+    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False, pg_collection=groups)
+
+
+def parameter_scheduler(
+    optimizer: Any, *, max_lr: float, min_lr: float, warmup_steps: int, decay_steps: int, style: str, weight_decay: float
+) -> Any:
+    """Learning-rate schedule counted in optimizer steps."""
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=max_lr,
+        min_lr=min_lr,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=max(decay_steps, warmup_steps + 1),
+        lr_decay_style=style,
+        start_wd=weight_decay,
+        end_wd=weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+
+
+def finalize_grads_summed(groups: Any) -> Callable[..., None]:
+    """``finalize_model_grads`` that leaves gradients as sums.
+
+    Our losses carry their global denominator already, so nothing may be divided by micro-batches, tokens or ranks.
+    """
+    from megatron.core.distributed import finalize_model_grads
+
+    def finalize(model: Any, num_tokens: Any = None, pg_collection: Any = None, **kwargs: Any) -> None:
+        finalize_model_grads(model, None, pg_collection=pg_collection or groups, **kwargs)
+
+    return finalize
+
+
+def forward_backward_function(pp: int, vpp: int | None, config: Any, groups: Any) -> Callable[..., Any]:
+    """The stock schedule for this pipeline, bound to its process groups."""
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    if pp == 1:
+        run = schedules.forward_backward_no_pipelining
+        return functools.partial(run, **_schedule_groups(run, groups))
+    run = (
+        schedules.forward_backward_pipelining_with_interleaving
+        if vpp
+        else schedules.forward_backward_pipelining_without_interleaving
+    )
+    communicator = P2PCommunicator(pp_group=groups.pp, config=config)
+    return functools.partial(run, p2p_communicator=communicator, **_schedule_groups(run, groups))
+
+
+def _schedule_groups(run: Callable[..., Any], groups: Any) -> dict[str, Any]:
+    names = inspect.signature(run).parameters
+    name = next((n for n in ("pg_collection", "schedule_pg_collection") if n in names), None)
+    if name is None:
+        raise RuntimeError(f"{run.__name__} of Megatron-core {version()} takes no process groups; tested: {TESTED_VERSIONS}")
+    return {name: groups}
+
+
+def seed_rng(seed: int, *, tp_rank: int, ep_rank: int, etp_rank: int) -> None:
+    """Seed Megatron's random-number tracker; ranks explicit, so no global parallel state is asked."""
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, tp_rank=tp_rank, ep_rank=ep_rank, etp_rank=etp_rank)
+
+
+def unwrap(module: torch.nn.Module) -> torch.nn.Module:
+    """The GPTModel inside DistributedDataParallel and Float16Module."""
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def float16_module(config: Any, chunk: torch.nn.Module) -> torch.nn.Module:
+    from megatron.core.transformer.module import Float16Module
+
+    return Float16Module(config, chunk)
+
+
+def modules_with_te_checkpoint() -> list[Any]:
+    """Megatron modules that imported Transformer Engine's checkpoint by name; none without Transformer Engine."""
+    import importlib
+
+    found = []
+    for name in ("recompute", "transformer.transformer_block", "transformer.transformer_layer", "transformer.moe.moe_layer"):
+        try:
+            module = importlib.import_module(f"megatron.core.{name}")
+        except ModuleNotFoundError:
+            continue  # recompute exists from 0.19 on
+        if callable(getattr(module, "te_checkpoint", None)):
+            found.append(module)
+    return found

@@ -1,0 +1,114 @@
+"""Which Hugging Face tensors a Megatron parameter is made of, and how.
+
+Both spellings of Megatron are understood: the local modules' (CPU) and Transformer Engine's (GPU), whose linear layers
+carry the norm before them and whose grouped experts are ``weight0``, ``weight1``, ...
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from rl.models.architecture import Architecture
+
+Kind = Literal["plain", "vocab", "qkv", "gated"]
+
+
+@dataclass(frozen=True)
+class Logical:
+    """One parameter of the whole model, independent of any layout.
+
+    Attributes:
+        key: unique, sortable in layer order: ``(layer or -1/layers, place, expert)``.
+        hf: names of its Hugging Face tensors: one; gate and up (``gated``); or q, k and v (``qkv``).
+        kind: how they are put together.
+        tp_dim: dimension of the Megatron tensor that tensor-parallel ranks split, None when replicated.
+        expert: logical expert, None for everything else.
+    """
+
+    key: tuple[int, int, int]
+    hf: tuple[str, ...]
+    kind: Kind = "plain"
+    tp_dim: int | None = None
+    expert: int | None = None
+
+
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_EXPERT_LOCAL = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
+_EXPERT_GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")
+
+# Megatron name inside a layer -> (place in the order, Hugging Face names, kind, tp_dim)
+_IN_LAYER: dict[str, tuple[int, tuple[str, ...], Kind, int | None]] = {
+    "input_layernorm.weight": (0, ("input_layernorm.weight",), "plain", None),
+    "self_attention.linear_qkv.layer_norm_weight": (0, ("input_layernorm.weight",), "plain", None),
+    "self_attention.linear_qkv.weight": (
+        1,
+        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+        "qkv",
+        0,
+    ),
+    "self_attention.q_layernorm.weight": (2, ("self_attn.q_norm.weight",), "plain", None),
+    "self_attention.k_layernorm.weight": (3, ("self_attn.k_norm.weight",), "plain", None),
+    "self_attention.linear_proj.weight": (4, ("self_attn.o_proj.weight",), "plain", 1),
+    "pre_mlp_layernorm.weight": (5, ("post_attention_layernorm.weight",), "plain", None),
+    "mlp.linear_fc1.layer_norm_weight": (5, ("post_attention_layernorm.weight",), "plain", None),
+    "mlp.linear_fc1.weight": (6, ("mlp.gate_proj.weight", "mlp.up_proj.weight"), "gated", 0),
+    "mlp.linear_fc2.weight": (7, ("mlp.down_proj.weight",), "plain", 1),
+}
+
+_ROUTER = {"mixtral": "block_sparse_moe.gate.weight", "qwen3_moe": "mlp.gate.weight"}
+_EXPERTS = {
+    "mixtral": {
+        "linear_fc1": ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+        "linear_fc2": ("block_sparse_moe.experts.{}.w2.weight",),
+    },
+    "qwen3_moe": {
+        "linear_fc1": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+        "linear_fc2": ("mlp.experts.{}.down_proj.weight",),
+    },
+}
+
+
+def logical(name: str, arch: Architecture, *, layer_of: dict[int, int], experts: tuple[int, ...]) -> Logical | None:
+    """What a parameter of a bare ``GPTModel`` chunk is.
+
+    Args:
+        name: from ``named_parameters()``.
+        arch: of the model.
+        layer_of: global 0-based layer by the index in this chunk.
+        experts: logical experts at home on this rank, in the order of its local experts.
+
+    Returns:
+        The logical parameter; None for a tied output layer, whose values are the embedding's.
+
+    Raises:
+        KeyError: a parameter that no Hugging Face tensor corresponds to.
+    """
+    if name == "embedding.word_embeddings.weight":
+        return Logical((-1, 0, 0), ("model.embed_tokens.weight",), "vocab", 0)
+    if name == "output_layer.weight":
+        return None if arch.tied else Logical((arch.layers, 1, 0), ("lm_head.weight",), "vocab", 0)
+    if name == "decoder.final_layernorm.weight":
+        return Logical((arch.layers, 0, 0), ("model.norm.weight",))
+    match = _LAYER.fullmatch(name)
+    if not match:
+        raise KeyError(f"no Hugging Face tensor corresponds to Megatron's {name!r} in {arch.family}")
+    layer, rest = layer_of[int(match[1])], match[2]
+    prefix = f"model.layers.{layer}."
+    if rest in _IN_LAYER:
+        place, hf, kind, tp_dim = _IN_LAYER[rest]
+        return Logical((layer, place, 0), tuple(prefix + n for n in hf), kind, tp_dim)
+    if rest == "mlp.router.weight":
+        return Logical((layer, 8, 0), (prefix + _ROUTER[arch.family],))
+    if found := _EXPERT_LOCAL.fullmatch(rest):
+        local, projection = int(found[1]), found[2]
+    elif found := _EXPERT_GROUPED.fullmatch(rest):
+        local, projection = int(found[2]), found[1]
+    else:
+        raise KeyError(f"no Hugging Face tensor corresponds to Megatron's {name!r} in {arch.family}")
+    expert = experts[local]
+    hf = tuple(prefix + n.format(expert) for n in _EXPERTS[arch.family][projection])
+    if projection == "linear_fc1":
+        return Logical((layer, 9, expert), hf, "gated", 0, expert)
+    return Logical((layer, 10, expert), hf, "plain", 1, expert)
