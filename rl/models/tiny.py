@@ -215,7 +215,9 @@ def _place_tokenizer(path: str | Path, tokenizer: str | Path | None) -> int:
         path.mkdir(parents=True, exist_ok=True)
         source = Path(tokenizer)
         if not (source / "tokenizer.json").is_file():
-            raise FileNotFoundError(f"expected a tokenizer.json in {source}; make one with train_tokenizer(texts, path)")
+            raise FileNotFoundError(
+                f"expected a tokenizer.json in {source}; make one with train_tokenizer(texts, path)"
+            )
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
             if (source / name).is_file():
                 shutil.copy(source / name, path / name)

@@ -1,0 +1,515 @@
+"""One rollout engine: tokens in; tokens, log-probs, routes and weight versions out.
+
+A Ray actor (``ray.remote(RolloutEngine)``), and the same class in-process for tests:
+
+    engine = RolloutEngine(EngineConfig(model_path=...))
+    await engine.start()
+    samples = await engine.generate(prompt, ["train/0/0/0", "train/0/0/1"], Sampling(max_tokens=64), seed=1)
+    await engine.update_weights(1, chunks, manifest)
+    await engine.stop()
+
+Invariants:
+
+1. Every response token's log-prob is that of the policy it was drawn from, temperature included.
+2. Routes have one row per token but the last, one entry per MoE layer, in the smallest unsigned type. A row that was
+   computed twice is the one computed first. They stay with this engine: in the object store under Ray.
+3. What fails validation is generated again with another seed, at most ``max_regenerations`` times, and then comes
+   back as a ``RefusedSample``.
+4. Weights change only between two steps; afterwards no key or value of the old weights is used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from megatron_ultraep.replay.histogram import histogram
+from rl.rollout import compat, routes, validation, weights
+from rl.rollout.config import EngineConfig, Sampling, derive_seed, engine_environment
+from rl.rollout.stepper import EngineFailed, EngineThread, Request
+from rl.rollout.validation import RefusedSample
+from rl.types import Prompt, RouteRef, Sample
+
+T = TypeVar("T")
+RouteSlice = tuple[RouteRef, int, int, int, int]
+
+
+class EngineTimeout(TimeoutError):
+    """An engine did not answer within its limit; the message names it and what was waited for."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine turned out to be.
+
+    Attributes:
+        vllm_version: of the installed distribution.
+        moe_layers: indices of the MoE layers among all decoder layers; empty for a dense model.
+        experts, topk: of each MoE layer; 0 for a dense model.
+        start_s: seconds that the start took.
+        pid: process id.
+    """
+
+    vllm_version: str
+    moe_layers: tuple[int, ...]
+    experts: int
+    topk: int
+    start_s: float
+    pid: int
+
+
+@dataclass
+class Counters:
+    """What an engine did since it started."""
+
+    samples: int = 0
+    response_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    refused: int = 0
+    regenerated: int = 0
+    updates: int = 0
+
+
+class RolloutEngine:
+    """See the module's docstring.
+
+    Args:
+        config: settings of the engine.
+        index: place among its pool's engines; it is in every ``RouteRef`` and every error.
+    """
+
+    def __init__(self, config: EngineConfig, index: int = 0) -> None:
+        self.config = config
+        self.index = index
+        self.counters = Counters()
+        self.info: EngineInfo | None = None
+        self._thread: EngineThread | None = None
+        self._torn: str | None = None
+        self._tokenizer: Any = None
+        self._end_tokens: tuple[int, ...] = ()
+        self._manifest: dict[str, tuple[int, ...]] = {}
+        self._optional: tuple[str, ...] = ()
+        for name, value in engine_environment(config.device).items():
+            os.environ.setdefault(name, value)  # a Ray actor has them from its runtime_env already
+
+    # ------------------------------------------------------------------ life
+
+    async def start(self) -> EngineInfo:
+        """Load the model; returns what it is.
+
+        Raises:
+            UntestedVersion: of vLLM, unless ``allow_untested``.
+            EngineTimeout: not up within ``start_timeout_s``.
+        """
+        started = time.monotonic()
+        version = compat.check_version(self.config.allow_untested, self.config.device)
+        path = Path(self.config.model_path)
+        self._manifest = weights.checkpoint_manifest(path)
+        self._optional = ("lm_head.weight",) if weights.ties_embeddings(path) else ()
+        self._end_tokens = end_tokens(path)
+        self._thread = EngineThread(self._build, self.config.initial_version, f"rollout-engine-{self.index}")
+        await self._wait(self._thread.ready, self.config.start_timeout_s, "its start")
+        self._tokenizer = await asyncio.to_thread(_load_tokenizer, path)
+        moe_layers, experts, topk = await self._call(_describe, self.config.start_timeout_s, "its model's shape")
+        self.info = EngineInfo(version, moe_layers, experts, topk, time.monotonic() - started, os.getpid())
+        return self.info
+
+    def _build(self) -> Any:
+        from rl.rollout.vllm_plugin import register
+
+        register()
+        config = self.config
+        arguments: dict[str, Any] = dict(
+            model=config.model_path,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            kv_cache_memory_bytes=config.kv_cache_memory_bytes,
+            block_size=config.block_size,
+            tensor_parallel_size=config.tensor_parallel,
+            enforce_eager=config.enforce_eager,
+            seed=config.seed,
+            enable_prefix_caching=True,
+            # Steps must be settled when weights change between them.
+            async_scheduling=False,
+            # Log-probs of the policy that sampled, not of the untempered one.
+            logprobs_mode="processed_logprobs",
+            # A checkpoint's generation_config.json would bring its own top-k and temperature.
+            generation_config="vllm",
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            worker_extension_cls="rl.rollout.weights.WeightUpdateExtension",
+        )
+        if config.max_num_batched_tokens is not None:
+            arguments["max_num_batched_tokens"] = config.max_num_batched_tokens
+        if config.capture_routes and is_moe(Path(config.model_path)):
+            arguments["enable_return_routed_experts"] = True
+            if config.device == "cpu":
+                arguments["worker_cls"] = "rl.rollout.cpu_worker.CapturingCPUWorker"
+        vllm = compat.engine_api()
+        return vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments))
+
+    async def stop(self) -> None:
+        """End the engine and free its memory; running requests fail with ``EngineFailed``.
+
+        Raises:
+            EngineTimeout: its thread did not end within ``stop_timeout_s``.
+        """
+        thread, self._thread = self._thread, None
+        if thread is not None and not await asyncio.to_thread(thread.stop, self.config.stop_timeout_s):
+            raise EngineTimeout(f"engine {self.index}: did not stop within {self.config.stop_timeout_s:g} s")
+
+    def health(self) -> dict[str, Any]:
+        """Whether the engine serves, and what it did; never waits."""
+        thread = self._thread
+        return {
+            "engine": self.index,
+            "pid": os.getpid(),
+            "alive": thread is not None and thread.failure is None and self.info is not None,
+            "failure": None if thread is None or thread.failure is None else repr(thread.failure),
+            "torn": self._torn,
+            "running": 0 if thread is None else thread.running,
+            "weight_version": None if thread is None else thread.version,
+            **vars(self.counters),
+        }
+
+    # ------------------------------------------------------------------ generation
+
+    async def generate(
+        self, prompt: Prompt, sample_ids: Sequence[str], sampling: Sampling, seed: int
+    ) -> list[Sample | RefusedSample]:
+        """Draw a group of samples of one prompt; the same (seed, sample id) draws with the same random stream.
+
+        Args:
+            prompt: what to answer.
+            sample_ids: one per sample, unique among running ones.
+            sampling: how to draw.
+            seed: of the run or iteration.
+
+        Returns:
+            One entry per sample id, in their order.
+
+        Raises:
+            EngineTimeout: not all done within ``generate_timeout_s``; what ran was aborted.
+            EngineFailed: the engine died.
+            TornWeights: a weight update broke off and was not repeated.
+        """
+        work = [self._sample(prompt, sample_id, sampling, seed, None) for sample_id in sample_ids]
+        return await self._group(work, sample_ids, f"{len(sample_ids)} samples of prompt {prompt.uid}")
+
+    async def continue_samples(
+        self, samples: Sequence[Sample], sampling: Sampling, seed: int
+    ) -> list[Sample | RefusedSample]:
+        """Go on with samples that were aborted, on this or another engine, from their prompt and response so far.
+
+        Tokens, log-probs and version spans are appended; ``sampling.max_tokens`` counts the whole response.
+        """
+        for sample in samples:
+            if sample.finish_reason != "abort":
+                raise ValueError(f"sample {sample.sample_id} ended with {sample.finish_reason!r}, not 'abort'")
+        work = [self._sample(sample.prompt, sample.sample_id, sampling, seed, sample) for sample in samples]
+        return await self._group(work, [s.sample_id for s in samples], f"continuing {len(samples)} samples")
+
+    async def abort(self, sample_ids: Sequence[str]) -> int:
+        """End samples now; their ``generate`` returns what they have, with finish reason "abort".
+
+        Returns how many were running.
+        """
+        return await self._wait(self._live().abort(list(sample_ids)), self.config.update_timeout_s, "aborting samples")
+
+    async def progress(self) -> dict[str, int]:
+        """Response tokens so far of every running sample."""
+        return await self._wait(self._live().progress(), self.config.update_timeout_s, "the progress of its samples")
+
+    async def _group(
+        self, work: Sequence[Awaitable[Sample | RefusedSample]], sample_ids: Sequence[str], what: str
+    ) -> list[Sample | RefusedSample]:
+        tasks = [asyncio.ensure_future(item) for item in work]
+        try:
+            async with asyncio.timeout(self.config.generate_timeout_s):
+                return list(await asyncio.gather(*tasks))
+        except TimeoutError as error:
+            raise EngineTimeout(
+                f"engine {self.index}: waited {self.config.generate_timeout_s:g} s for {what}; "
+                "raise generate_timeout_s or lower max_tokens"
+            ) from error
+        finally:
+            if not all(task.done() for task in tasks):
+                for task in tasks:
+                    task.cancel()
+                self._live().abort(list(sample_ids))
+
+    async def _sample(
+        self, prompt: Prompt, sample_id: str, sampling: Sampling, seed: int, before: Sample | None
+    ) -> Sample | RefusedSample:
+        """Generate until a sample passes validation or attempts run out."""
+        attempts = 1 + self.config.max_regenerations
+        reason = ""
+        for attempt in range(attempts):
+            sample = await self._attempt(prompt, sample_id, sampling, seed, attempt, before)
+            if isinstance(sample, Sample):
+                self.counters.samples += 1
+                self.counters.response_tokens += len(sample.response_tokens)
+                return sample
+            reason = sample
+            self.counters.regenerated += attempt + 1 < attempts
+        self.counters.refused += 1
+        return RefusedSample(sample_id, prompt.uid, reason, attempts)
+
+    async def _attempt(
+        self, prompt: Prompt, sample_id: str, sampling: Sampling, seed: int, attempt: int, before: Sample | None
+    ) -> Sample | str:
+        """One request; a sample, or why what came back must be refused."""
+        tokens = prompt.tokens if before is None else before.tokens
+        # A continuation must not see the random numbers of the part before again.
+        name = sample_id if before is None else f"{sample_id}+{len(before.response_tokens)}"
+        params = self._params(prompt, sampling, derive_seed(seed, name, attempt), len(tokens))
+        thread = self._live()
+        request: Request = await asyncio.wrap_future(thread.submit(sample_id, tokens.tolist(), params))
+        result = await asyncio.shield(asyncio.wrap_future(request.output))
+        self.counters.cached_prompt_tokens += result.num_cached_tokens or 0
+        return self._assemble(prompt, sample_id, before, result.outputs[0], tuple(request.spans))
+
+    def _params(self, prompt: Prompt, sampling: Sampling, seed: int, length: int) -> Any:
+        if self._torn is not None:
+            raise weights.TornWeights(
+                f"engine {self.index}: a weight update broke off ({self._torn}); send a whole update before generating"
+            )
+        room = self.config.max_model_len - length
+        allowed = sampling.max_tokens - (length - len(prompt.tokens))
+        if not len(prompt.tokens) or room < 1 or allowed < 1:
+            raise ValueError(
+                f"prompt {prompt.uid}: expected 1 to {self.config.max_model_len - 1} tokens before the next and fewer "
+                f"than {sampling.max_tokens} response tokens, got {length} tokens of which {len(prompt.tokens)} are "
+                "the prompt; filter long prompts or raise max_model_len"
+            )
+        vllm = compat.engine_api()
+        end_tokens = () if sampling.ignore_eos else self._end_tokens
+        return vllm.SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=min(room, allowed),
+            seed=seed,
+            logprobs=0,
+            stop_token_ids=sorted({*end_tokens, *sampling.stop_token_ids}),
+            ignore_eos=True,  # the end tokens are in stop_token_ids: the engine has no tokenizer to ask
+            detokenize=False,
+            output_kind=vllm.FINAL_ONLY,
+        )
+
+    def _assemble(
+        self, prompt: Prompt, sample_id: str, before: Sample | None, output: Any, spans: tuple[tuple[int, int], ...]
+    ) -> Sample | str:
+        response = np.asarray(output.token_ids, dtype=np.int32)
+        logprobs = np.array(
+            [entry[token].logprob for entry, token in zip(output.logprobs or (), output.token_ids, strict=False)],
+            dtype=np.float32,
+        )
+        reason = validation.check_logprobs(logprobs, len(response))
+        if reason is not None:
+            return reason
+        captured = output.routed_experts
+        if before is not None:
+            spans = routes.join_versions(before.weight_versions, len(before.response_tokens), spans)
+            response = np.concatenate([before.response_tokens, response])
+            logprobs = np.concatenate([before.rollout_logprobs, logprobs])
+        reference, counts = None, None
+        if self._captures and len(response):
+            assert self.info is not None
+            if captured is not None:
+                captured = routes.select_moe_layers(captured, self.info.moe_layers, self.info.experts)
+            if before is not None and before.routes is not None:
+                earlier = before.routes.handle
+                captured = earlier if captured is None else routes.join(earlier, captured)
+            reason = validation.check_routes(
+                captured,
+                len(prompt.tokens) + len(response),
+                len(self.info.moe_layers),
+                self.info.experts,
+                self.info.topk,
+            )
+            if reason is not None:
+                return reason
+            counts = histogram(captured, self.info.experts)
+            reference = self._store(captured)
+        return Sample(
+            sample_id=sample_id,
+            prompt=prompt,
+            response_tokens=response,
+            rollout_logprobs=logprobs,
+            weight_versions=spans,
+            finish_reason=output.finish_reason,
+            routes=reference,
+            histogram=counts,
+            response_text=self._decode(response),
+        )
+
+    @property
+    def _captures(self) -> bool:
+        return self.config.capture_routes and self.info is not None and bool(self.info.moe_layers)
+
+    def _decode(self, response: np.ndarray) -> str:
+        if self._tokenizer is None:
+            return ""
+        # A padded vocabulary has ids that no tokenizer knows.
+        known = [token for token in response.tolist() if token < len(self._tokenizer)]
+        return str(self._tokenizer.decode(known, skip_special_tokens=True))
+
+    # ------------------------------------------------------------------ routes
+
+    def _store(self, captured: np.ndarray) -> RouteRef:
+        ray = _ray()
+        handle = captured if ray is None else ray.put(captured)
+        return RouteRef(handle=handle, engine=self.index, shape=captured.shape, dtype=str(captured.dtype))
+
+    async def slice_routes(self, requests: Sequence[RouteSlice]) -> list[np.ndarray]:
+        """Parts of routes, cut here so that only they travel.
+
+        Args:
+            requests: ``(reference, row start, row stop, MoE layer start, MoE layer stop)`` each.
+
+        Returns:
+            For each an array ``[rows, layers, topk]`` of its own memory.
+
+        Raises:
+            ValueError: a part lies outside its routes.
+        """
+        return [
+            np.ascontiguousarray((await self._rows(ref))[rows, layers])
+            for ref, rows, layers in [_checked_slice(request) for request in requests]
+        ]
+
+    async def _rows(self, reference: RouteRef) -> np.ndarray:
+        if isinstance(reference.handle, np.ndarray):
+            return reference.handle
+        return await self._wait_for(reference.handle, self.config.generate_timeout_s, "routes in the object store")
+
+    # ------------------------------------------------------------------ weights
+
+    async def update_weights(
+        self,
+        version: int,
+        chunks: Sequence[Any],
+        manifest: weights.Manifest | None = None,
+        in_flight: Literal["refuse", "continue"] = "refuse",
+    ) -> float:
+        """Put new weights into the engine, in place, between two steps; returns the seconds it took.
+
+        Args:
+            version: what the weights are called from now on.
+            chunks: dicts from Hugging Face name to full tensor (torch or numpy), or Ray references to such dicts,
+                fetched one at a time; best in layer order (see ``weights``).
+            manifest: name -> shape of all tensors; needed where chunks are references.
+            in_flight: with "refuse", requests must not be running. With "continue" they go on: tokens and rows of
+                routes they have stay, keys and values are computed again under the new weights.
+
+        Raises:
+            WeightMismatch: names or shapes are wrong; the engine keeps its weights.
+            TornWeights: it broke off half-way; the engine refuses to generate until an update succeeds.
+            EngineTimeout: not done within ``update_timeout_s``; the update may still finish.
+        """
+        manifest = dict(weights.manifest_of(chunks) if manifest is None else manifest)
+        weights.check_manifest(manifest, self._manifest, self._optional)
+        thread = self._live()
+        timeout = self.config.update_timeout_s
+
+        def update(engine: Any) -> float:
+            started = time.monotonic()
+            if thread.running and in_flight == "refuse":
+                raise RuntimeError(
+                    f"engine {self.index}: {thread.running} requests are running; wait for them or pass "
+                    'in_flight="continue"'
+                )
+            self._torn = f"to version {version}"
+            try:
+                engine.collective_rpc("ultraep_update_weights", args=(list(chunks), manifest, timeout))
+            except Exception as error:
+                self._torn = f"to version {version}: {error}"
+                raise weights.TornWeights(f"engine {self.index}: the update {self._torn}; send it again") from error
+            if not engine.reset_prefix_cache(reset_running_requests=bool(thread.running)):
+                raise weights.TornWeights(f"engine {self.index}: the prefix cache of the old weights did not go away")
+            thread.start_version(engine, version)
+            self._torn = None
+            self.counters.updates += 1
+            return time.monotonic() - started
+
+        return await self._call(update, timeout, f"the weight update to version {version}")
+
+    # ------------------------------------------------------------------ waiting
+
+    def _live(self) -> EngineThread:
+        if self._thread is None:
+            raise EngineFailed(f"engine {self.index} is not running: call start() first")
+        return self._thread
+
+    async def _call(self, function: Any, timeout_s: float, what: str) -> Any:
+        return await self._wait(self._live().call(function), timeout_s, what)
+
+    async def _wait(self, future: Future[T], timeout_s: float, what: str) -> T:
+        return await self._wait_for(asyncio.wrap_future(future), timeout_s, what)
+
+    async def _wait_for(self, awaitable: Awaitable[T], timeout_s: float, what: str) -> T:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await awaitable
+        except TimeoutError as error:
+            raise EngineTimeout(f"engine {self.index}: waited {timeout_s:g} s for {what}") from error
+
+
+def _describe(engine: Any) -> tuple[tuple[int, ...], int, int]:
+    layers = tuple(engine.collective_rpc("ultraep_moe_layer_ids")[0])
+    experts, topk = compat.model_shape(engine) if layers else (0, 0)
+    return layers, experts, topk
+
+
+def _checked_slice(request: RouteSlice) -> tuple[RouteRef, slice, slice]:
+    reference, row_start, row_stop, layer_start, layer_stop = request
+    rows, layers, _ = reference.shape
+    if not (0 <= row_start <= row_stop <= rows and 0 <= layer_start <= layer_stop <= layers):
+        raise ValueError(
+            f"expected rows within 0..{rows} and MoE layers within 0..{layers}, got rows {row_start}..{row_stop}, "
+            f"layers {layer_start}..{layer_stop}"
+        )
+    return reference, slice(row_start, row_stop), slice(layer_start, layer_stop)
+
+
+def is_moe(model_path: Path) -> bool:
+    """Whether a Hugging Face config names more than one expert."""
+    config = json.loads((model_path / "config.json").read_text())
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any((config.get(name) or 0) > 1 for name in names)
+
+
+def end_tokens(model_path: Path) -> tuple[int, ...]:
+    """The model's end-of-sequence ids: those of its generation config, else of its config."""
+    for name in ("generation_config.json", "config.json"):
+        file = model_path / name
+        if file.is_file():
+            value = json.loads(file.read_text()).get("eos_token_id")
+            if value is not None:
+                return tuple(value) if isinstance(value, list) else (value,)
+    return ()
+
+
+def _load_tokenizer(model_path: Path) -> Any | None:
+    """The directory's tokenizer, None when it has none (responses then have no text)."""
+    if not any((model_path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_path)
+
+
+def _ray() -> Any | None:
+    """The ray module if this process is part of a Ray cluster, else None."""
+    ray = sys.modules.get("ray")
+    return ray if ray is not None and ray.is_initialized() else None

@@ -1,0 +1,192 @@
+"""The thread that owns one vLLM engine and steps it.
+
+vLLM's in-process engine is synchronous and not thread-safe. Here one thread makes it, steps it while it has requests,
+and between steps runs what others ask for: adding, aborting, updating weights. So nothing ever sees a half-done step,
+and a weight update needs no pause protocol.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from rl.rollout import compat
+
+T = TypeVar("T")
+
+
+class EngineFailed(RuntimeError):
+    """The engine raised while stepping, or was stopped; it serves no more requests."""
+
+
+@dataclass
+class Request:
+    """A running request.
+
+    Attributes:
+        internal_id: vLLM's id.
+        output: resolves to vLLM's final output, also after an abort.
+        spans: ``(first response token, weight version)``, grows when weights change under the request.
+    """
+
+    internal_id: str
+    spans: list[tuple[int, int]]
+    output: Future[Any] = field(default_factory=Future)
+
+    def put(self, output: Any) -> None:
+        """vLLM's side: called by the engine's thread with each output, or with an error."""
+        if self.output.done():
+            return
+        if isinstance(output, BaseException):
+            self.output.set_exception(output)
+        elif output.finished:
+            self.output.set_result(output)
+
+
+class EngineThread:
+    """Makes an engine in a thread of its own and steps it there.
+
+    Args:
+        build: makes the engine; its exception is what :attr:`ready` raises.
+        version: weight version that the engine starts with.
+    """
+
+    def __init__(self, build: Callable[[], Any], version: int, name: str) -> None:
+        self.ready: Future[None] = Future()
+        self.version = version
+        self.failure: BaseException | None = None
+        self._build = build
+        self._commands: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._requests: dict[str, Request] = {}
+        self._engine: Any = None
+        # A daemon: an engine that hangs must not keep the process alive.
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[[Any], T]) -> Future[T]:
+        """Run ``function(engine)`` between two steps."""
+        future: Future[T] = Future()
+        if self.failure is not None or not self._thread.is_alive():
+            future.set_exception(self._error())
+        else:
+            self._commands.put((future, lambda: function(self._engine)))
+            if self.failure is not None:  # it ended between the two lines above
+                self._fail(self.failure)
+        return future
+
+    def submit(self, request_id: str, tokens: list[int], params: Any) -> Future[Request]:
+        """Start a request; resolves to it once the engine has it.
+
+        Args:
+            request_id: unique among running requests.
+            tokens: prompt token ids.
+            params: vLLM's SamplingParams with ``output_kind`` FINAL_ONLY.
+        """
+
+        def add(engine: Any) -> Request:
+            internal_id = engine.add_request(request_id, {"prompt_token_ids": tokens}, params) or request_id
+            request = Request(internal_id, [(0, self.version)])
+            compat.attach_sink(engine, internal_id, request)
+            self._requests[request_id] = request
+            return request
+
+        return self.call(add)
+
+    def abort(self, request_ids: list[str]) -> Future[int]:
+        """End requests now; their outputs resolve with what they have. Resolves to how many were running."""
+
+        def end(engine: Any) -> int:
+            running = [self._requests[name].internal_id for name in request_ids if name in self._requests]
+            compat.abort_internal(engine, running)
+            self._forget_finished()
+            return len(running)
+
+        return self.call(end)
+
+    def progress(self) -> Future[dict[str, int]]:
+        """Response tokens so far of every running request."""
+        return self.call(
+            lambda engine: {n: compat.tokens_so_far(engine, r.internal_id) for n, r in self._requests.items()}
+        )
+
+    def start_version(self, engine: Any, version: int) -> None:
+        """From here on tokens count as sampled with ``version``; to be called between steps, on the thread."""
+        self.version = version
+        for request in self._requests.values():
+            start = compat.tokens_so_far(engine, request.internal_id)
+            if request.spans[-1][0] == start:  # no token was sampled with the version before
+                request.spans.pop()
+            request.spans.append((start, version))
+
+    @property
+    def running(self) -> int:
+        return len(self._requests)
+
+    def stop(self, timeout_s: float) -> bool:
+        """End the thread and free the engine; False if it did not end within ``timeout_s`` seconds."""
+        self._commands.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _main(self) -> None:
+        try:
+            self._engine = self._build()
+        except BaseException as error:
+            self.failure = error
+            self.ready.set_exception(error)
+            return
+        self.ready.set_result(None)
+        try:
+            while self._run_commands():
+                if self._requests:
+                    self._engine.step()
+                    self._forget_finished()
+            self._fail(EngineFailed("the engine was stopped"))
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            engine, self._engine = self._engine, None
+            compat.shut_down(engine)
+
+    def _run_commands(self) -> bool:
+        """Run all commands that wait, and wait for one when there is nothing to step; False: stop."""
+        while True:
+            try:
+                command = self._commands.get(block=not self._requests)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            future, function = command
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _forget_finished(self) -> None:
+        for name in [name for name, request in self._requests.items() if request.output.done()]:
+            del self._requests[name]
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = error
+        for request in self._requests.values():
+            request.put(self._error())
+        self._requests.clear()
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            if command is not None and command[0].set_running_or_notify_cancel():
+                command[0].set_exception(self._error())
+
+    def _error(self) -> EngineFailed:
+        error = EngineFailed(f"the engine serves no more requests: {self.failure!r}")
+        error.__cause__ = self.failure
+        return error

