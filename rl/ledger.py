@@ -95,6 +95,10 @@ class StepRecord:
         )
 
 
+class ResumeError(LedgerError):
+    """A run that must not be resumed with this configuration or data."""
+
+
 class Ledger:
     """The ledger of one run directory, open for appending.
 
@@ -182,7 +186,8 @@ class Ledger:
             allow_changes: accept differences in fields that matter.
 
         Raises:
-            LedgerError: no run here, another process uses it, fields that matter differ, or lines are missing.
+            LedgerError: no run here, another process uses it, or lines are missing.
+            ResumeError: fields that matter, or the data, differ.
         """
         directory = Path(directory)
         run = _read_run(directory)
@@ -375,7 +380,7 @@ def _refuse_changes(
     for name, (before, after) in differences(run["data_digests"], data_digests).items():
         lines.append(f"  - content of {name}: was {before}, is {after}")
     if lines:
-        raise LedgerError(
+        raise ResumeError(
             "\n".join(
                 [
                     f"cannot resume {directory}: expected the configuration it was started with, and these "

@@ -253,6 +253,7 @@ class EvaluationSection(Section):
     greedy: bool = Field(True, description="Greedy decoding; false: sample as in training.")
     at_start: bool = Field(True, description="Evaluate before the first iteration (after the warm-up).")
     at_end: bool = Field(True, description="Evaluate after the last iteration.")
+    correct_from: float = Field(1.0, description="Reward from which on a response counts as correct.")
     success: SuccessSection = Field(default_factory=SuccessSection, description="Thresholds of the exit code.")
 
 

@@ -1,0 +1,214 @@
+"""``ultraep-rl``: train, look at and verify runs.
+
+Exit codes: 0 all is well, 1 the run failed, 2 the configuration or the command line is wrong, 3 an accuracy threshold
+(`evaluation.success`) was missed, 130 Ctrl-C.
+
+Heavy packages (torch, ray, vllm) are imported only by the commands that need them, so that `--dry-run` is immediate
+and works where they are not installed.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand
+
+from rl import placement, versions
+from rl.config import ConfigError, RunConfig, Violation, describe, load, to_yaml
+from rl.ledger import LedgerError, ResumeError
+
+OK, FAILED, USAGE, THRESHOLDS, INTERRUPTED = 0, 1, 2, 3, 130
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Reinforcement learning of mixture-of-experts models on Megatron-core and vLLM.",
+)
+
+
+class _TrainCommand(TyperCommand):
+    """Lets ``--resume`` stand alone: it then means ``--resume auto``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_complete_resume(args)))
+
+
+def _complete_resume(args: Sequence[str]) -> Iterator[str]:
+    for argument, following in zip(args, [*args[1:], None], strict=True):
+        yield argument
+        if argument == "--resume" and (
+            following is None
+            or following.startswith("-")
+            or (("=" in following or following.endswith((".yaml", ".yml"))) and not Path(following).is_dir())
+        ):
+            yield "auto"
+
+
+@app.command(cls=_TrainCommand)
+def train(
+    config_file: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Configuration of the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="A.B=C", help="Fields that win over the file.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration and the placement; start nothing.")
+    ] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[DIR|auto]",
+            help="Continue the run in DIR; alone or auto: in the configuration's run directory, if there is one.",
+        ),
+    ] = None,
+    allow_untested: Annotated[
+        bool, typer.Option("--allow-untested", help="Run with versions that were not tested.")
+    ] = False,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume although fields that matter differ from the run's.")
+    ] = False,
+) -> None:
+    """Train a model as CONFIG.yaml says."""
+    flags = [
+        f"{name}=true" for name, on in (("allow_untested", allow_untested), ("allow_changes", allow_changes)) if on
+    ]
+    try:
+        config = load(config_file, [*(overrides or []), *flags])
+        if dry_run:
+            _print_plan(config)
+            return
+        config, resume_directory = _resolve_resume(config, resume)
+        versions.check(config.allow_untested, _device(config))
+        missing = list(_missing_files(config))
+        if missing:
+            raise ConfigError(str(config_file), missing)
+    except (ConfigError, versions.UntestedVersionError) as error:
+        _stop(USAGE, str(error))
+    raise typer.Exit(_run(config, resume_directory))
+
+
+@app.command()
+def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")]) -> None:
+    """Write RUN_DIR/report.html anew from what the run has recorded."""
+    from rl.report import write_report
+
+    try:
+        typer.echo(str(write_report(run_directory)))
+    except LedgerError as error:
+        _stop(USAGE, str(error))
+
+
+@app.command()
+def verify_eval(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")],
+) -> None:
+    """Score the saved evaluation samples again; end with 1 if a recorded reward differs, 3 if a threshold is missed."""
+    from rl.verification import verify_eval as verify
+
+    try:
+        result = verify(run_directory)
+    except LedgerError as error:
+        _stop(USAGE, str(error))
+    typer.echo(result.render())
+    raise typer.Exit(FAILED if result.mismatches else THRESHOLDS if result.missed else OK)
+
+
+@app.command()
+def fields(
+    section: Annotated[str | None, typer.Argument(help="Only this section, e.g. trainer.optimizer.")] = None,
+) -> None:
+    """List the fields of a configuration with type, default and meaning."""
+    try:
+        typer.echo(describe(section))
+    except ConfigError as error:
+        _stop(USAGE, str(error))
+
+
+def _run(config: RunConfig, resume: Path | None) -> int:
+    """The loop's exit code; exceptions become codes here."""
+    from rl.orchestration.sync import run
+
+    try:
+        return run(config, resume)
+    except KeyboardInterrupt:
+        _stop(INTERRUPTED, f"interrupted; continue with --resume {config.output_dir}")
+    except (ConfigError, ResumeError) as error:
+        _stop(USAGE, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        _stop(FAILED, f"run failed: {type(error).__name__}: {error}")
+
+
+def _print_plan(config: RunConfig) -> None:
+    """YAML that can be loaded again; the placement follows as comments, problems of this machine go to stderr."""
+    typer.echo(to_yaml(config))
+    typer.echo("\n".join(f"# {line}" for line in placement.render(config).split("\n")))
+    for line in versions.untested(_device(config)):
+        typer.echo(f"warning: {line}", err=True)
+    for violation in _missing_files(config):
+        typer.echo(f"warning: {violation}", err=True)
+
+
+def _resolve_resume(config: RunConfig, resume: str | None) -> tuple[RunConfig, Path | None]:
+    """The configuration (with DIR as its run directory) and the directory to resume, None to start.
+
+    Raises:
+        ConfigError: DIR holds no run, or the run directory of a new run holds one.
+    """
+    directory = config.output_dir if resume in (None, "auto") else Path(str(resume))
+    holds_run = (directory / "run.json").is_file()
+    if resume is None:
+        if holds_run:
+            raise ConfigError(
+                "run.output_dir",
+                [
+                    Violation(
+                        "run.output_dir",
+                        f"expected a directory without a run, and {directory} holds one; continue it with "
+                        "--resume or set "
+                        "another run.name.",
+                    )
+                ],
+            )
+        return config, None
+    if resume == "auto":
+        if not holds_run:
+            typer.echo(f"nothing to resume in {directory}: starting the run", err=True)
+        return config, directory if holds_run else None
+    if not holds_run:
+        raise ConfigError(
+            "--resume",
+            [Violation("--resume", f"expected a run directory with run.json, found none in {directory}; check it.")],
+        )
+    return config.model_copy(update={"run": config.run.model_copy(update={"output_dir": directory})}), directory
+
+
+def _missing_files(config: RunConfig) -> Iterator[Violation]:
+    if not (config.model.path / "config.json").is_file() and config.model.create is None:
+        yield Violation(
+            "model.path",
+            f"expected a Hugging Face directory with config.json, found none at {config.model.path}; correct "
+            "the path or "
+            "set model.create.",
+        )
+    for name, source in (("train", config.data.train), ("eval", config.data.eval)):
+        if source is not None and source.jsonl is not None and not source.jsonl.is_file():
+            yield Violation(f"data.{name}.jsonl", f"expected a file, found none at {source.jsonl}; correct the path.")
+
+
+def _device(config: RunConfig) -> versions.Device:
+    return "cuda" if config.rollout.device == "cuda" or config.trainer.backend == "nccl" else "cpu"
+
+
+def _stop(code: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app()
