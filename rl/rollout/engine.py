@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import sys
 import time
@@ -35,11 +36,12 @@ import numpy as np
 
 from megatron_ultraep.replay.histogram import histogram
 from rl.rollout import compat, routes, validation, weights
-from rl.rollout.config import EngineConfig, Sampling, derive_seed, engine_environment
+from rl.rollout.config import Device, EngineConfig, Sampling, derive_seed, engine_environment
 from rl.rollout.stepper import EngineFailed, EngineThread, Request
 from rl.rollout.validation import RefusedSample
 from rl.types import Prompt, RouteRef, Sample
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 RouteSlice = tuple[RouteRef, int, int, int, int]
 
@@ -99,8 +101,7 @@ class RolloutEngine:
         self._end_tokens: tuple[int, ...] = ()
         self._manifest: dict[str, tuple[int, ...]] = {}
         self._optional: tuple[str, ...] = ()
-        for name, value in engine_environment(config.device).items():
-            os.environ.setdefault(name, value)  # a Ray actor has them from its runtime_env already
+        _set_environment(config.device)
 
     # ------------------------------------------------------------------ life
 
@@ -129,27 +130,27 @@ class RolloutEngine:
 
         register()
         config = self.config
-        arguments: dict[str, Any] = dict(
-            model=config.model_path,
-            dtype=config.dtype,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            kv_cache_memory_bytes=config.kv_cache_memory_bytes,
-            block_size=config.block_size,
-            tensor_parallel_size=config.tensor_parallel,
-            enforce_eager=config.enforce_eager,
-            seed=config.seed,
-            enable_prefix_caching=True,
+        arguments: dict[str, Any] = {
+            "model": config.model_path,
+            "dtype": config.dtype,
+            "max_model_len": config.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
+            "block_size": config.block_size,
+            "tensor_parallel_size": config.tensor_parallel,
+            "enforce_eager": config.enforce_eager,
+            "seed": config.seed,
+            "enable_prefix_caching": True,
             # Steps must be settled when weights change between them.
-            async_scheduling=False,
+            "async_scheduling": False,
             # Log-probs of the policy that sampled, not of the untempered one.
-            logprobs_mode="processed_logprobs",
+            "logprobs_mode": "processed_logprobs",
             # A checkpoint's generation_config.json would bring its own top-k and temperature.
-            generation_config="vllm",
-            skip_tokenizer_init=True,
-            disable_log_stats=True,
-            worker_extension_cls="rl.rollout.weights.WeightUpdateExtension",
-        )
+            "generation_config": "vllm",
+            "skip_tokenizer_init": True,
+            "disable_log_stats": True,
+            "worker_extension_cls": "rl.rollout.weights.WeightUpdateExtension",
+        }
         if config.max_num_batched_tokens is not None:
             arguments["max_num_batched_tokens"] = config.max_num_batched_tokens
         if config.capture_routes and is_moe(Path(config.model_path)):
@@ -278,7 +279,8 @@ class RolloutEngine:
         request: Request = await asyncio.wrap_future(thread.submit(sample_id, tokens.tolist(), params))
         result = await asyncio.shield(asyncio.wrap_future(request.output))
         self.counters.cached_prompt_tokens += result.num_cached_tokens or 0
-        return self._assemble(prompt, sample_id, before, result.outputs[0], tuple(request.spans))
+        earlier = None if before is None or before.routes is None else await self._rows(before.routes)
+        return self._assemble(prompt, sample_id, before, earlier, result.outputs[0], tuple(request.spans))
 
     def _params(self, prompt: Prompt, sampling: Sampling, seed: int, length: int) -> Any:
         if self._torn is not None:
@@ -307,8 +309,15 @@ class RolloutEngine:
         )
 
     def _assemble(
-        self, prompt: Prompt, sample_id: str, before: Sample | None, output: Any, spans: tuple[tuple[int, int], ...]
+        self,
+        prompt: Prompt,
+        sample_id: str,
+        before: Sample | None,
+        earlier: np.ndarray | None,
+        output: Any,
+        spans: tuple[tuple[int, int], ...],
     ) -> Sample | str:
+        """vLLM's final output, after what a continued sample had ``before`` (its routes: ``earlier``)."""
         response = np.asarray(output.token_ids, dtype=np.int32)
         logprobs = np.array(
             [entry[token].logprob for entry, token in zip(output.logprobs or (), output.token_ids, strict=False)],
@@ -327,8 +336,7 @@ class RolloutEngine:
             assert self.info is not None
             if captured is not None:
                 captured = routes.select_moe_layers(captured, self.info.moe_layers, self.info.experts)
-            if before is not None and before.routes is not None:
-                earlier = before.routes.handle
+            if earlier is not None:
                 captured = earlier if captured is None else routes.join(earlier, captured)
             reason = validation.check_routes(
                 captured,
@@ -463,6 +471,19 @@ class RolloutEngine:
                 return await awaitable
         except TimeoutError as error:
             raise EngineTimeout(f"engine {self.index}: waited {timeout_s:g} s for {what}") from error
+
+
+def _set_environment(device: Device) -> None:
+    """What is missing of :func:`engine_environment`; a Ray actor has it from its runtime_env already."""
+    missing = {n: value for n, value in engine_environment(device).items() if n not in os.environ}
+    os.environ.update(missing)
+    late = sorted(missing.keys() & {"OMP_NUM_THREADS", "TORCH_COMPILE_DISABLE"}) if "torch" in sys.modules else []
+    if late:
+        _log.warning(
+            "%s set after torch was imported: the first request may compile for half a minute. Put "
+            "engine_environment() into the environment before the process starts.",
+            " and ".join(late),
+        )
 
 
 def _describe(engine: Any) -> tuple[tuple[int, ...], int, int]:

@@ -126,11 +126,10 @@ def fetch(chunks: Iterable[Any], timeout_s: float) -> Iterator[tuple[str, Any]]:
 def _resolve(chunk: Any, number: int, timeout_s: float) -> Mapping[str, Any]:
     if isinstance(chunk, Mapping):
         return chunk
-    import ray
-
     try:
-        return ray.get(chunk, timeout=timeout_s)
-    except ray.exceptions.GetTimeoutError as error:
+        # As a future, not with ray.get, which the engine's actor would be warned of: it is an async actor.
+        return chunk.future().result(timeout_s)
+    except TimeoutError as error:
         raise TimeoutError(
             f"weight chunk {number} did not arrive within {timeout_s:g} s: is the trainer that owns it alive?"
         ) from error
