@@ -1,4 +1,4 @@
-"""What one rank of a `tests.ranks.RankPool` does. Light to import: the pytest process imports it too."""
+"""What one rank of a `tests.ranks.RankPool` does. The pytest process imports it too, hence no heavy imports on top."""
 
 import ctypes
 import datetime
@@ -18,6 +18,8 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests import _pickling
 
 OK, FAILED, CRASHED = "ok", "failed", "crashed"
 
@@ -60,7 +62,7 @@ def _answer(connection: Connection, status: str, value: Any) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        data = pickle.dumps((status, value))
+        data = _pickling.dumps((status, value))
     except Exception:
         data = pickle.dumps((FAILED, f"the result cannot be pickled: {value!r:.500}\n{traceback.format_exc()}"))
     connection.send_bytes(data)

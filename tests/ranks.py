@@ -29,6 +29,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from tests import _pickling
 from tests._rank_process import CRASHED, OK, rank_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,8 +241,7 @@ def _named(ranks: list[int]) -> str:
 
 def _pickle_work(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
     try:
-        # Plain pickle: multiprocessing's own would send tensors as handles of shared memory, which die with their rank.
-        return pickle.dumps((function, args, kwargs))
+        return _pickling.dumps((function, args, kwargs))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise TypeError(
             f"a module-level function and picklable arguments expected, got {function!r}: {error}. "

@@ -110,6 +110,22 @@ def test_tensors_travel_by_value(ranks, dtype):
         assert np.array_equal(answer["array"], sent["array"])
 
 
+READER = """
+import sys, torch
+from tests.ranks import RankPools
+from tests.test_ranks import echo
+parameter = torch.nn.Parameter(torch.arange(6.0).reshape(2, 3))
+(answer,) = RankPools()(1).run(echo, parameter.t())
+assert torch.equal(answer, parameter.t()) and answer.stride() == (1, 3)
+assert "megatron.core" not in sys.modules
+"""
+
+
+@pytest.mark.multiproc
+def test_reading_a_tensor_imports_nothing():
+    subprocess.run([sys.executable, "-c", READER], cwd=ROOT, check=True, timeout=120)
+
+
 def test_an_exception_brings_its_traceback_and_the_pool_recovers(ranks):
     pool = ranks(2)
     before = [pid for pid, _ in pool.run(what_is_preloaded)]
