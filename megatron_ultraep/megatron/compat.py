@@ -221,6 +221,14 @@ def seed_rng(seed: int, *, tp_rank: int, ep_rank: int, etp_rank: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed, tp_rank=tp_rank, ep_rank=ep_rank, etp_rank=etp_rank)
 
 
+def ensure_scratch_buffer() -> None:
+    """The one global that layers need: scratch memory for gathered activations, shared by all models of a process."""
+    from megatron.core import parallel_state
+
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
+
+
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     """The GPTModel inside DistributedDataParallel and Float16Module."""
     while hasattr(module, "module"):

@@ -32,7 +32,7 @@ class ReplayError(RuntimeError):
 
 @dataclass
 class _Entry:
-    routes: torch.Tensor  # int64 [rows, topk] on the router's device
+    routes: torch.Tensor  # int [rows, topk] on the router's device
     used: int  # rows before the padding, for the counts of differing rows
     consumed: int = 0
     differing: torch.Tensor | None = None  # int64 [], rows whose own top-k is another set
@@ -75,7 +75,7 @@ class RouterHandle:
         entry = self.owner.entry(microbatch.current_key(), self.moe_layer)
         if entry is None:
             return default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
-        routes = entry.routes
+        routes = entry.routes.long()
         if routes.shape != (scores.shape[0], topk):
             raise ReplayError(
                 f"{microbatch.current_key()}, MoE layer {self.moe_layer}: the router has {scores.shape[0]} rows and "
@@ -144,11 +144,11 @@ class RoutingReplay:
 
         Args:
             key: the micro-batch.
-            routes: int64 ``[len(self.moe_layers), rows, topk]`` in the order of :attr:`moe_layers`, for the rows that
+            routes: signed integers ``[len(self.moe_layers), rows, topk]`` in the order of :attr:`moe_layers`, for the rows that
                 this rank's routers see. ``-1`` asks the router.
             used: rows before the padding, all by default.
         """
-        tensor = torch.as_tensor(routes, dtype=torch.int64)
+        tensor = torch.as_tensor(routes)
         if tensor.dim() != 3 or tensor.shape[0] != len(self.moe_layers):
             raise ReplayError(
                 f"{key}: expected routes [{len(self.moe_layers)} MoE layers of this rank, rows, topk], "

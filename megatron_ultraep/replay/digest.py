@@ -22,18 +22,18 @@ def _mix(x: U64) -> U64:
         return x ^ (x >> np.uint64(31))
 
 
-def row_hashes(routes: npt.NDArray[np.integer], first_row: int = 0) -> U64:
+def row_hashes(routes: npt.NDArray[np.integer], rows: npt.NDArray[np.integer] | None = None) -> U64:
     """One 64-bit hash per row of one layer.
 
     Args:
-        routes: int ``[rows, topk]``: the experts of each row, in any order.
-        first_row: index in the sample of the first row.
+        routes: int ``[n, topk]``: the experts of each row, in any order.
+        rows: int ``[n]``: index of each row in its sample; ``0..n-1`` by default.
 
     Returns:
-        uint64 ``[rows]``.
+        uint64 ``[n]``.
     """
     ordered = np.sort(routes.astype(np.uint64), axis=-1)
-    state = _mix(np.arange(first_row, first_row + len(routes), dtype=np.uint64))
+    state = _mix((np.arange(len(routes)) if rows is None else rows).astype(np.uint64))
     for k in range(ordered.shape[-1]):
         state = _mix(state ^ ordered[:, k])
     return state

@@ -51,7 +51,7 @@ def assemble(
     moe_layers: int,
     experts: int,
     topk: int,
-) -> npt.NDArray[np.int64]:
+) -> npt.NDArray[np.signedinteger]:
     """Routes of the rows in ``window``, padding included, for a range of layers.
 
     Args:
@@ -64,9 +64,11 @@ def assemble(
         experts, topk: of the model.
 
     Returns:
-        int64 ``[moe_layers, len(window), topk]``, contiguous per layer as routers take it.
+        int16 (int32 for 32,768 experts and more) ``[moe_layers, len(window), topk]``: signed, since -1 asks the router,
+        and small, since all micro-batches of a step are held at once.
     """
-    out = np.full((moe_layers, len(window), topk), -1, dtype=np.int64)
+    dtype = np.int16 if experts <= 1 << 15 else np.int32
+    out = np.full((moe_layers, len(window), topk), -1, dtype=dtype)
     for segment, part in zip(micro_batch.segments, parts, strict=True):
         place = overlap(segment, window)
         if place is None:

@@ -1,0 +1,288 @@
+"""One pass of one model over a mini-batch: pack, replay, run the schedule, account for what routers consumed.
+
+    set routes of every micro-batch -> run Megatron's stock schedule -> finish: all routes consumed, digests, differences
+
+The micro-batch key is entered here, in the forward step, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from megatron_ultraep.layout import MicroBatch, MicroBatchKey, Pass
+from megatron_ultraep.megatron import compat, microbatch
+from megatron_ultraep.megatron.router_replay import RoutingReplay
+from megatron_ultraep.replay import assemble, overlap, router_rows, row_hashes
+from rl.algorithms.logprobs import vocab_parallel_logprobs
+from rl.models.builder import BuiltModel
+from rl.training.batch import MiniBatch, PackedTensors, TrainSample, pack, unpack_rows
+from rl.types import RouteRef
+
+RouteSlice = tuple[RouteRef, int, int, int, int]
+RouteMode = Literal["replay", "own"]
+
+
+class RouteSource(Protocol):
+    """Where routes are fetched from: ``(reference, row start, row stop, MoE layer start, MoE layer stop)`` each."""
+
+    def __call__(self, requests: Sequence[RouteSlice]) -> list[np.ndarray]: ...
+
+
+def local_routes(requests: Sequence[RouteSlice]) -> list[np.ndarray]:
+    """Routes whose references hold the array itself (no Ray)."""
+    return [ref.handle[rows:stop, first:last] for ref, rows, stop, first, last in requests]
+
+
+@dataclass
+class RouteReport:
+    """What routers did in a pass, on this rank.
+
+    Attributes:
+        digests: per sample, uint64 ``[all MoE layers of the model]``: the part of the digest that this rank's routers
+            consumed (0 for layers elsewhere); parts of all ranks add up, see ``megatron_ultraep.replay.digest``.
+        rows: rows of samples that this rank's routers saw, times its MoE layers.
+        differing: how many of those had an own top-k of another set of experts.
+    """
+
+    digests: dict[str, np.ndarray] = field(default_factory=dict)
+    rows: int = 0
+    differing: int = 0
+
+
+@dataclass(frozen=True)
+class PassSettings:
+    """How log-probs are taken: what the sampling policy did.
+
+    Attributes:
+        temperature: logits are divided by it.
+        chunk_tokens: rows whose logits are turned into log-probs at once.
+        with_entropy: compute entropies too.
+    """
+
+    temperature: float = 1.0
+    chunk_tokens: int = 1024
+    with_entropy: bool = False
+
+
+class PassRunner:
+    """Runs passes of one model on this rank.
+
+    Args:
+        model: what runs.
+        replay: its routers' handles, None for dense models.
+        routes: where captured routes come from.
+    """
+
+    def __init__(self, model: BuiltModel, replay: RoutingReplay | None, routes: RouteSource = local_routes) -> None:
+        self.model = model
+        self.replay = replay
+        self.routes = routes
+        layout = model.groups.layout
+        self._schedule = compat.forward_backward_function(layout.pp, layout.vpp, model.config, model.groups.collection)
+
+    def run(
+        self,
+        batch: MiniBatch,
+        *,
+        pass_: Pass,
+        step: int,
+        routes: RouteMode,
+        per_micro_batch: Callable[[torch.Tensor, PackedTensors, MicroBatch], Any],
+        forward_only: bool,
+    ) -> tuple[list[Any], RouteReport]:
+        """Run every micro-batch of this rank.
+
+        Args:
+            batch: this data-parallel rank's part.
+            pass_, step: of the micro-batch keys.
+            routes: ``"replay"`` the captured ones, or let each router choose its ``"own"``.
+            per_micro_batch: on the last stage, from logits ``[rows, vocab/tp]`` to what the schedule keeps: anything
+                when ``forward_only``, else ``(loss, anything)``.
+            forward_only: no backward.
+
+        Returns:
+            what ``per_micro_batch`` gave, per micro-batch in order (empty but on the last stage), and what routers did.
+        """
+        layout = self.model.groups.layout
+        mine = batch.layout.micro_batches[self.model.groups.coordinates["dp"]]
+        keys = [MicroBatchKey(self.model.name, pass_, step, i) for i in range(len(mine))]
+        replaying = self.replay is not None and routes == "replay"
+        if replaying:
+            self._set_routes(keys, mine, batch)
+        elif self.replay is not None:
+            self.replay.let_routers_choose(self.model.name, pass_)
+
+        def micro_batches() -> Iterator[tuple[MicroBatchKey, MicroBatch]]:
+            yield from zip(keys, mine, strict=True)
+
+        def forward_step(iterator: Iterator[tuple[MicroBatchKey, MicroBatch]], chunk: Any) -> tuple[Any, Any]:
+            key, micro_batch = next(iterator)
+            packed = pack(micro_batch, batch.samples, self.model.device)
+            with microbatch.micro_batch(key):
+                output = chunk(packed.inputs, packed.positions, None, packed_seq_params=packed.packed)
+
+            def on_last_stage(logits: torch.Tensor, non_loss_data: bool = False) -> Any:
+                result = per_micro_batch(logits[0], packed, micro_batch)
+                if forward_only:
+                    return result
+                loss, kept = result
+                # Losses carry their global denominator; the token count is Megatron's business only.
+                return loss, torch.ones((), dtype=torch.int32, device=loss.device), kept
+
+            return output, on_last_stage
+
+        chunks = self.model.run_chunks()
+        try:
+            with torch.set_grad_enabled(not forward_only):
+                kept = self._schedule(
+                    forward_step_func=forward_step,
+                    data_iterator=[micro_batches() for _ in chunks] if layout.vpp else micro_batches(),
+                    model=list(chunks) if layout.vpp else chunks[0],
+                    num_microbatches=len(mine),
+                    seq_length=max(m.rows for m in mine),
+                    micro_batch_size=1,
+                    forward_only=forward_only,
+                    collect_non_loss_data=forward_only,
+                )
+            return list(kept), self._report(keys, mine, batch) if replaying else RouteReport()
+        finally:
+            if self.replay is not None:
+                self.replay.clear()
+
+    def logprobs(
+        self, batch: MiniBatch, settings: PassSettings, *, pass_: Pass, step: int, routes: RouteMode
+    ) -> tuple[dict[str, np.ndarray], RouteReport]:
+        """Log-probs of every learnt token, without gradients.
+
+        Returns:
+            per sample float32 (float64 for a float64 model) ``[T]`` aligned with tokens; empty but on the last stage's
+            first tensor-parallel rank, so that every sample comes from one rank.
+        """
+        mine = batch.layout.micro_batches[self.model.groups.coordinates["dp"]]
+
+        def collect(logits: torch.Tensor, packed: PackedTensors, micro_batch: MicroBatch) -> torch.Tensor:
+            return self.token_logprobs(logits, packed, settings)[0]
+
+        kept, report = self.run(
+            batch, pass_=pass_, step=step, routes=routes, per_micro_batch=collect, forward_only=True
+        )
+        out: dict[str, np.ndarray] = {}
+        if self.model.groups.coordinates["tp"] == 0:
+            for micro_batch, rows in zip(mine, kept, strict=False):
+                out |= unpack_rows(micro_batch, batch.samples, rows.cpu().numpy())
+        return out, report
+
+    def token_logprobs(
+        self, logits: torch.Tensor, packed: PackedTensors, settings: PassSettings
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-prob of each row's target and, if asked for, each row's entropy: ``[rows]`` each."""
+        tp = self.model.groups.layout.tp
+        return vocab_parallel_logprobs(
+            logits,
+            packed.targets,
+            self.model.groups.collection.tp if tp > 1 else None,
+            vocab_start=self.model.groups.coordinates["tp"] * logits.shape[-1],
+            temperature=settings.temperature,
+            chunk_tokens=settings.chunk_tokens,
+            vocab_size=self.model.arch.vocab,
+            with_entropy=settings.with_entropy,
+        )
+
+    # ---------------------------------------------------------------- routes
+
+    def _window(self, micro_batch: MicroBatch) -> range:
+        layout, where = self.model.groups.layout, self.model.groups.coordinates
+        return router_rows(micro_batch.rows, tp_rank=where["tp"], tp_size=layout.tp, cp_size=layout.cp)
+
+    def _set_routes(self, keys: list[MicroBatchKey], mine: Sequence[MicroBatch], batch: MiniBatch) -> None:
+        assert self.replay is not None
+        layers = self.replay.moe_layers
+        if not layers:
+            return
+        runs = _consecutive(layers)
+        requests, places = [], []
+        for i, micro_batch in enumerate(mine):
+            for j, segment in enumerate(micro_batch.segments):
+                place = overlap(segment, self._window(micro_batch))
+                if place is None:
+                    continue
+                ref = _routes_of(batch.samples[segment.sample], self.model)
+                for first, last in runs:
+                    requests.append((ref, place[0], place[0] + place[1], first, last))
+                places.append((i, j))
+        arrays = iter(self.routes(requests))
+        parts: dict[tuple[int, int], np.ndarray] = {
+            place: np.concatenate([next(arrays) for _ in runs], axis=1) for place in places
+        }
+        arch = self.model.arch
+        for i, (key, micro_batch) in enumerate(zip(keys, mine, strict=True)):
+            window = self._window(micro_batch)
+            own = [parts.get((i, j)) for j in range(len(micro_batch.segments))]
+            blocks = []
+            at = 0
+            for first, last in runs:
+                cut = [None if p is None else p[:, at : at + last - first] for p in own]
+                blocks.append(
+                    assemble(
+                        micro_batch,
+                        window,
+                        cut,
+                        first_moe_layer=first,
+                        moe_layers=last - first,
+                        experts=arch.experts,
+                        topk=arch.topk,
+                    )
+                )
+                at += last - first
+            used = max(0, min(micro_batch.used, window.stop) - window.start)
+            self.replay.set(key, np.concatenate(blocks), used=used)
+
+    def _report(self, keys: list[MicroBatchKey], mine: Sequence[MicroBatch], batch: MiniBatch) -> RouteReport:
+        assert self.replay is not None
+        report = RouteReport()
+        total_layers = len(self.model.arch.moe_layers)
+        for key, micro_batch in zip(keys, mine, strict=True):
+            window = self._window(micro_batch)
+            places = [(s, overlap(s, window)) for s in micro_batch.segments]
+            rows = np.concatenate([np.arange(p[0], p[0] + p[1]) for _, p in places if p] or [np.zeros(0, np.int64)])
+            for layer in self.replay.moe_layers:
+                hashes = row_hashes(self.replay.consumed(key, layer)[: len(rows)], rows)
+                at = 0
+                for segment, place in places:
+                    if place is None:
+                        continue
+                    digest = report.digests.setdefault(
+                        batch.samples[segment.sample].sample_id, np.zeros(total_layers, np.uint64)
+                    )
+                    with np.errstate(over="ignore"):
+                        digest[layer] += hashes[at : at + place[1]].sum(dtype=np.uint64)
+                    at += place[1]
+                report.rows += len(rows)
+            report.differing += sum(self.replay.finish(key).values())
+        return report
+
+
+def _routes_of(sample: TrainSample, model: BuiltModel) -> RouteRef:
+    expected = (sample.rows, len(model.arch.moe_layers), model.arch.topk)
+    if sample.routes is None or sample.routes.shape != expected:
+        raise ValueError(
+            f"sample {sample.sample_id}: expected captured routes of shape {expected} to replay, got "
+            f"{None if sample.routes is None else sample.routes.shape}; capture routes in rollout, or set the pass to 'own'"
+        )
+    return sample.routes
+
+
+def _consecutive(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """Maximal runs ``[first, last)`` of consecutive layers; interleaved pipelines have several."""
+    runs: list[tuple[int, int]] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer:
+            runs[-1] = (runs[-1][0], layer + 1)
+        else:
+            runs.append((layer, layer + 1))
+    return runs

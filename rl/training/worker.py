@@ -1,0 +1,353 @@
+"""One Megatron rank of the trainer; free of Ray, so that tests run it in plain processes.
+
+    worker = TrainWorker(TrainerSpec(...), rank, world)     # torch.distributed is initialised
+    worker.load("model/")
+    old, _ = worker.logprobs(part, "actor", "old_logprob", step, "replay")
+    result = worker.train(part, step, PolicyObjective(...))
+    chunks = list(worker.export(bucket_bytes))
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_ultraep.layout import MicroBatch, Pass
+from megatron_ultraep.megatron import compat, microbatch
+from megatron_ultraep.megatron.groups import ParallelLayout, create_groups
+from megatron_ultraep.megatron.router_replay import RoutingReplay
+from rl.algorithms.losses import Normaliser, PolicyLossConfig, PolicyTokens, policy_loss
+from rl.models.architecture import read_architecture
+from rl.models.builder import DTYPES, BuiltModel, Recompute, build_model
+from rl.models.weights import export_weights, load_weights
+from rl.training.batch import MiniBatch, PackedTensors, pack_field
+from rl.training.passes import PassRunner, PassSettings, RouteMode, RouteReport, RouteSource, local_routes
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """Adam and its schedule, counted in optimizer steps; see ``rl.config.OptimizerSection`` for the fields."""
+
+    lr: float = 1e-6
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    schedule: str = "constant"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """What every rank builds.
+
+    Attributes:
+        model_path: Hugging Face directory of architecture and first weights.
+        layout: parallel sizes.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float64"``.
+        recompute: activation recomputation.
+        distributed_optimizer: shard optimizer state over data-parallel ranks.
+        optimizer: its settings.
+        reference: build the frozen reference model too.
+        seed: of Megatron's random-number tracker.
+        collective_s: limit of every collective, in seconds.
+    """
+
+    model_path: str
+    layout: ParallelLayout
+    dtype: str = "float32"
+    recompute: Recompute = field(default_factory=Recompute)
+    distributed_optimizer: bool = True
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    reference: bool = False
+    seed: int = 0
+    collective_s: float = 300.0
+
+
+class Objective(Protocol):
+    """From one micro-batch's logits to its additive share of the mini-batch loss and sums of metrics."""
+
+    routes: RouteMode
+
+    def __call__(
+        self, runner: PassRunner, batch: MiniBatch, logits: torch.Tensor, packed: PackedTensors, micro_batch: MicroBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """The policy loss of ``rl.algorithms.losses``."""
+
+    loss: PolicyLossConfig
+    settings: PassSettings
+    routes: RouteMode = "replay"
+
+    def __call__(
+        self, runner: PassRunner, batch: MiniBatch, logits: torch.Tensor, packed: PackedTensors, micro_batch: MicroBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logprobs, entropy = runner.token_logprobs(logits, packed, self.settings)
+
+        def given(name: str) -> torch.Tensor | None:
+            return pack_field(micro_batch, batch.samples, name, logprobs.device, logprobs.dtype)
+
+        advantages = given("advantages")
+        if advantages is None:
+            raise ValueError("expected advantages of every sample of a policy mini-batch, got none")
+        any_sample = next(iter(batch.samples.values()), None)
+        tokens = PolicyTokens(
+            logprobs=logprobs,
+            advantages=advantages,
+            mask=packed.mask,
+            sample_index=packed.sample_index,
+            old_logprobs=given("old_logprobs") if any_sample and any_sample.old_logprobs is not None else None,
+            rollout_logprobs=given("rollout_logprobs"),
+            ref_logprobs=given("ref_logprobs") if any_sample and any_sample.ref_logprobs is not None else None,
+            entropy=entropy if self.loss.entropy_coef or entropy is None else entropy.detach(),
+        )
+        normaliser = Normaliser(
+            total_tokens=float(max(1, batch.total_tokens)),
+            total_sequences=float(max(1, batch.total_sequences)),
+            sequence_tokens=packed.segment_tokens,
+        )
+        return policy_loss(tokens, self.loss, normaliser)
+
+
+@dataclass(frozen=True)
+class SupervisedObjective:
+    """Mean negative log-likelihood of the learnt tokens; routers choose by themselves."""
+
+    settings: PassSettings = field(default_factory=PassSettings)
+    routes: RouteMode = "own"
+
+    def __call__(
+        self, runner: PassRunner, batch: MiniBatch, logits: torch.Tensor, packed: PackedTensors, micro_batch: MicroBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        logprobs, _ = runner.token_logprobs(logits, packed, self.settings)
+        total = -(torch.where(packed.mask, logprobs, torch.zeros_like(logprobs))).sum()
+        return total / max(1, batch.total_tokens), {"nll": total.detach()}
+
+
+@dataclass
+class TrainResult:
+    """What one optimizer step did, on this rank.
+
+    Attributes:
+        loss: this rank's share of the mini-batch loss; 0 but on the last stage's first tensor-parallel ranks.
+        sums: metric sums over this rank's learnt tokens, empty elsewhere; the driver adds them over ranks.
+        grad_norm: global norm before clipping, the same on all ranks.
+        lr: of the step.
+        updated: False when Megatron skipped the step.
+        routes: what routers did.
+        seconds: by part.
+    """
+
+    loss: float
+    sums: dict[str, float]
+    grad_norm: float
+    lr: float
+    updated: bool
+    routes: RouteReport
+    seconds: dict[str, float]
+
+
+class TrainWorker:
+    """Models, optimizer and passes of one rank; a collective with all other ranks of the trainer.
+
+    Args:
+        spec: what to build; the same on all ranks.
+        routes: where captured routes come from.
+    """
+
+    def __init__(self, spec: TrainerSpec, routes: RouteSource = local_routes) -> None:
+        self.spec = spec
+        arch = read_architecture(spec.model_path)
+        dtype = DTYPES[spec.dtype]
+        microbatch.install()
+        self.groups = create_groups(spec.layout, timeout_s=spec.collective_s)
+        self.actor = build_model(
+            arch, self.groups, name="actor", dtype=dtype, recompute=spec.recompute, seed=spec.seed
+        )
+        load_weights(self.actor, spec.model_path)
+        self.replay = self._replay_of(self.actor)
+        self._wrap_and_optimize()
+        self.runners = {"actor": PassRunner(self.actor, self.replay, routes)}
+        self.reference: BuiltModel | None = None
+        if spec.reference:
+            self.reference = build_model(arch, self.groups, name="reference", dtype=dtype, seed=spec.seed)
+            load_weights(self.reference, spec.model_path)
+            self.runners["reference"] = PassRunner(self.reference, self._replay_of(self.reference), routes)
+
+    def _replay_of(self, model: BuiltModel) -> RoutingReplay | None:
+        return RoutingReplay(model.chunks, model.arch.moe_layer_of()) if model.arch.is_moe else None
+
+    def _wrap_and_optimize(self) -> None:
+        spec, actor = self.spec, self.actor
+        chunks = list(actor.chunks)
+        if actor.dtype == torch.bfloat16:
+            chunks = [compat.float16_module(actor.config, chunk) for chunk in chunks]
+        actor.wrapped = compat.distributed_data_parallel(
+            actor.config,
+            chunks,
+            self.groups.collection,
+            distributed_optimizer=spec.distributed_optimizer,
+            grad_dtype_fp32=actor.dtype != torch.float64,
+        )
+        o = spec.optimizer
+        self.optimizer = compat.optimizer(
+            actor.wrapped,
+            self.groups.collection,
+            lr=o.lr,
+            min_lr=o.min_lr,
+            adam_beta1=o.betas[0],
+            adam_beta2=o.betas[1],
+            adam_eps=o.eps,
+            weight_decay=o.weight_decay,
+            clip_grad=o.clip_grad,
+            bf16=actor.dtype == torch.bfloat16,
+            params_dtype=actor.dtype,
+            use_distributed_optimizer=spec.distributed_optimizer,
+        )
+        self.scheduler = compat.parameter_scheduler(
+            self.optimizer,
+            max_lr=o.lr,
+            min_lr=o.min_lr if o.schedule != "constant" else min(o.min_lr, o.lr),
+            warmup_steps=o.warmup_steps,
+            decay_steps=o.decay_steps,
+            style=o.schedule,
+            weight_decay=o.weight_decay,
+        )
+        actor.config.finalize_model_grads_func = compat.finalize_grads_summed(self.groups.collection)
+        actor.config.grad_scale_func = self.optimizer.scale_loss
+
+    # ---------------------------------------------------------------- passes
+
+    def logprobs(
+        self, batch: MiniBatch, model: str, pass_: Pass, step: int, routes: RouteMode, settings: PassSettings
+    ) -> tuple[dict[str, Any], RouteReport]:
+        """Log-probs of learnt tokens, see :meth:`PassRunner.logprobs`; model ``"actor"`` or ``"reference"``."""
+        return self.runners[model].logprobs(batch, settings, pass_=pass_, step=step, routes=routes)
+
+    def gradients(self, batch: MiniBatch, step: int, objective: Objective) -> tuple[float, dict[str, float], RouteReport]:
+        """Forward and backward of one mini-batch, gradients reduced and left in ``main_grad``."""
+        for chunk in self.actor.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        runner = self.runners["actor"]
+
+        def per_micro_batch(logits: torch.Tensor, packed: PackedTensors, micro_batch: MicroBatch) -> Any:
+            loss, sums = objective(runner, batch, logits, packed, micro_batch)
+            return loss, {"loss": loss.detach(), **sums}
+
+        kept, report = runner.run(
+            batch, pass_="train", step=step, routes=objective.routes, per_micro_batch=per_micro_batch, forward_only=False
+        )
+        sums: dict[str, float] = {}
+        if self.groups.coordinates["tp"] == 0:
+            for entry in kept:
+                for name, value in entry.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+        return sums.pop("loss", 0.0), sums, report
+
+    def train(self, batch: MiniBatch, step: int, objective: Objective, *, lr: float | None = None) -> TrainResult:
+        """One optimizer step.
+
+        Args:
+            batch: this data-parallel rank's part.
+            step: of the micro-batch keys.
+            objective: the loss.
+            lr: learning rate of this step; None follows the schedule.
+        """
+        started = time.perf_counter()
+        loss, sums, report = self.gradients(batch, step, objective)
+        computed = time.perf_counter()
+        if lr is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+        used = float(self.optimizer.param_groups[0]["lr"]) if self.optimizer.param_groups else 0.0
+        updated, grad_norm, _ = self.optimizer.step()
+        if lr is None:
+            self.scheduler.step(increment=1)
+        ended = time.perf_counter()
+        return TrainResult(
+            loss=loss,
+            sums=sums,
+            grad_norm=float(grad_norm) if grad_norm is not None else float("nan"),
+            lr=used,
+            updated=bool(updated),
+            routes=report,
+            seconds={"forward_backward": computed - started, "optimizer": ended - computed},
+        )
+
+    def end_warmup(self) -> None:
+        """Forget the optimizer's moments, return to the schedule's learning rate; the reference takes today's weights."""
+        reset_optimizer_state(self.optimizer)
+        self.scheduler.step(increment=0)
+        if self.reference is not None:
+            with torch.no_grad():
+                for mine, theirs in zip(self.actor.chunks, self.reference.chunks, strict=True):
+                    for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
+                        q.copy_(p)
+
+    # ---------------------------------------------------------------- weights
+
+    def export(self, bucket_bytes: int, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
+        """This rank's share of the weights in Hugging Face names, in buckets on the CPU; a collective."""
+        bucket: dict[str, torch.Tensor] = {}
+        size = 0
+        for name, tensor in export_weights(self.actor):
+            copy = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+            bucket[name] = copy
+            size += copy.numel() * copy.element_size()
+            if size >= bucket_bytes:
+                yield bucket
+                bucket, size = {}, 0
+        if bucket:
+            yield bucket
+
+
+def reset_optimizer_state(optimizer: Any) -> None:
+    """Adam's moments and step counts to zero; makes them where the first step has not yet."""
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = inner.optimizer
+        if adam is None:
+            continue
+        for group in adam.param_groups:
+            for p in group["params"]:
+                state = adam.state[p]
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(p)
+                if "step" not in group:  # TE's fused Adam counts per group, torch's per parameter
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+            if "step" in group:
+                group["step"] = 0
+
+
+def initialize(rank: int, world: int, address: str, backend: str, timeout_s: float) -> None:
+    """Join the trainer's process group.
+
+    Args:
+        rank, world: place among the trainer's ranks.
+        address: ``host:port`` where rank 0 listens.
+        backend: ``"gloo"`` or ``"nccl"``.
+        timeout_s: limit of joining and of every collective, in seconds.
+    """
+    from datetime import timedelta
+
+    if backend == "nccl":
+        torch.cuda.set_device(0)  # Ray shows each actor its own GPU only
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        backend, init_method=f"tcp://{address}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
+    )
+
+
+def model_exists(path: str | Path) -> bool:
+    return (Path(path) / "config.json").is_file()
