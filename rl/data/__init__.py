@@ -1,0 +1,1 @@
+"""Prompts: where they come from, in what order they are taken, and supervised pairs for a warm-up."""
