@@ -108,11 +108,12 @@ def verify_eval(
     run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")],
 ) -> None:
     """Score the saved evaluation samples again; end with 1 if a recorded reward differs, 3 if a threshold is missed."""
+    from rl.rewards.loading import RewardLoadError
     from rl.verification import verify_eval as verify
 
     try:
         result = verify(run_directory)
-    except LedgerError as error:
+    except (ConfigError, LedgerError, RewardLoadError) as error:
         _stop(USAGE, str(error))
     typer.echo(result.render())
     raise typer.Exit(FAILED if result.mismatches else THRESHOLDS if result.missed else OK)

@@ -53,6 +53,31 @@ def summarize(step: int, rewards: Sequence[float | None], correct_from: float = 
     return EvalResult(step, len(values), correct / len(values), sum(values) / len(values))
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """Whether the accuracy after a step is what `evaluation.success` asks for."""
+
+    step: int
+    wanted: str
+    met: bool
+
+
+def judge(results: Sequence[EvalResult], before_max: float | None, after_min: float | None) -> list[Judgement]:
+    """Compare the first evaluation with ``before_max`` and the last with ``after_min``; None asks for nothing.
+
+    Args:
+        results: by step; the first one is from before training. Without a later one, ``after_min`` is missed.
+    """
+    judgements = []
+    if before_max is not None:
+        met = bool(results) and results[0].accuracy <= before_max + TOLERANCE
+        judgements.append(Judgement(results[0].step if results else 0, f"at most {before_max:.1%}", met))
+    if after_min is not None:
+        met = len(results) > 1 and results[-1].accuracy >= after_min - TOLERANCE
+        judgements.append(Judgement(results[-1].step if results else 0, f"at least {after_min:.1%}", met))
+    return judgements
+
+
 def eval_path(run_directory: Path, step: int) -> Path:
     """Where the samples of the evaluation after a step are."""
     return run_directory / "eval" / f"step_{step:05d}.jsonl"

@@ -256,6 +256,20 @@ def _optimizer(config: RunConfig) -> Iterator[Violation]:
             f"expected at most trainer.optimizer.lr = {optimizer.lr}, came {optimizer.min_lr}; lower it.",
             ("trainer.optimizer.lr",),
         )
+    if optimizer.schedule == "constant" and optimizer.decay_steps is not None:
+        yield Violation(
+            "trainer.optimizer.decay_steps",
+            f"a constant schedule does not decay: expected null, came {optimizer.decay_steps}; remove it or set "
+            "a schedule.",
+            ("trainer.optimizer.schedule",),
+        )
+    if optimizer.decay_steps is not None and optimizer.decay_steps <= optimizer.warmup_steps:
+        yield Violation(
+            "trainer.optimizer.decay_steps",
+            f"expected more than trainer.optimizer.warmup_steps = {optimizer.warmup_steps}, came "
+            f"{optimizer.decay_steps}; raise it.",
+            ("trainer.optimizer.warmup_steps",),
+        )
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         yield Violation(
             "trainer.optimizer.betas", f"expected two numbers in [0, 1), came {list(optimizer.betas)}; correct them."
@@ -329,6 +343,23 @@ def _importance(config: RunConfig) -> Iterator[Violation]:
         )
 
 
+def _warmup(config: RunConfig) -> Iterator[Violation]:
+    if config.warmup.steps == 0:
+        return
+    if config.data.train.reasoning_gym is None:
+        yield Violation(
+            "warmup.steps",
+            "the warm-up generates its own problems of data.train.reasoning_gym, and that is null; expected 0, came "
+            f"{config.warmup.steps}; set it to 0 (and start from a model that knows the task).",
+            ("data.train",),
+        )
+    if "{answer}" not in config.warmup.answer_template:
+        yield Violation(
+            "warmup.answer_template",
+            f"expected a text that holds {{answer}}, came {config.warmup.answer_template!r}; put {{answer}} in it.",
+        )
+
+
 def _evaluation(config: RunConfig) -> Iterator[Violation]:
     evaluation, held_out = config.evaluation, config.data.eval
     success = evaluation.success
@@ -372,5 +403,6 @@ RULES: tuple[Rule, ...] = (
     _batches,
     _routes,
     _importance,
+    _warmup,
     _evaluation,
 )

@@ -153,6 +153,9 @@ class OptimizerSection(Section):
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the schedule.")
     warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up from 0 to `lr`.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay after the warm-up.")
+    decay_steps: int | None = Field(
+        None, ge=1, description="Optimizer step at which `min_lr` is reached; null: the last one of the run."
+    )
     betas: Annotated[tuple[float, float], Field(strict=False)] = Field((0.9, 0.95), description="Adam's betas.")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
@@ -233,6 +236,7 @@ class WarmupSection(Section):
     lr: float = Field(1e-3, gt=0, description="Learning rate (constant).")
     examples: int | None = Field(None, ge=1, description="Different problems; null: steps * batch_size.")
     examples_seed: int = Field(0, ge=0, description="Generator seed; example i has seed `examples_seed + i`.")
+    answer_template: str = Field("{answer}", description="Text around each right answer; must hold `{answer}`.")
     stop_at_accuracy: float | None = Field(
         None, gt=0, le=1, description="Stop early at this greedy accuracy on problems of the warm-up; null: never."
     )
