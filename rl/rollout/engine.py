@@ -155,8 +155,8 @@ class RolloutEngine:
             arguments["max_num_batched_tokens"] = config.max_num_batched_tokens
         if config.capture_routes and is_moe(Path(config.model_path)):
             arguments["enable_return_routed_experts"] = True
-            if config.device == "cpu":
-                arguments["worker_cls"] = "rl.rollout.cpu_worker.CapturingCPUWorker"
+        if config.device == "cpu":
+            arguments["worker_cls"] = "rl.rollout.cpu_worker.RolloutCPUWorker"
         vllm = compat.engine_api()
         return vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments))
 
