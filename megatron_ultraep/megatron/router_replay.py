@@ -136,7 +136,7 @@ class RoutingReplay:
         self._hooks.clear()
 
     def let_routers_choose(self, model: str, pass_: str) -> None:
-        """Declare that in this pass of this model routers choose by themselves."""
+        """Declare that in this pass of this model routers choose by themselves, until :meth:`clear`."""
         self._own.add((model, pass_))
 
     def set(self, key: MicroBatchKey, routes: np.ndarray | torch.Tensor, *, used: int | None = None) -> None:
@@ -211,8 +211,9 @@ class RoutingReplay:
         return sorted({key for key, _ in self._entries})
 
     def clear(self) -> None:
-        """Forget all routes, after a step that failed."""
+        """End a pass, also one that failed: forget its routes and what was declared for it."""
         self._entries.clear()
+        self._own.clear()
 
     def _keep_output(self, router: Any, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         entry = self._entries.get((microbatch.current_key(), router.router_replay.moe_layer))

@@ -80,6 +80,9 @@ def check_layout(arch: Architecture, groups: ModelGroups) -> None:
         wrong.append(f"a dense model has no experts, got ep={layout.ep}, etp={layout.etp}: set them to 1")
     if arch.is_moe and layout.etp not in (1, layout.tp):
         wrong.append(f"etp={layout.etp} is not tested with tp={layout.tp}: use 1 or {layout.tp}")
+    if arch.is_moe and layout.tp > 1 and layout.etp == 1 and layout.ep == 1:
+        # Megatron-core 0.16 reduces such experts over the dense data-parallel group: their gradients are wrong.
+        wrong.append(f"tp={layout.tp} with ep=1 needs etp={layout.tp} (or ep > 1)")
     chunks = layout.pp * (layout.vpp or 1)
     if arch.layers % chunks:
         wrong.append(f"pp*vpp = {chunks} must divide {arch.layers} layers")
@@ -224,6 +227,7 @@ def build_model(
         raise UnsupportedModel("on GPUs the model is built from Transformer Engine's modules: install transformer-engine")
     if te and dtype == torch.float64:
         raise UnsupportedModel("float64 runs on CPUs only: Transformer Engine has no float64 kernels")
+    compat.ensure_scratch_buffer()
     where = groups.coordinates
     compat.seed_rng(seed, tp_rank=where["tp"], ep_rank=where["ep"], etp_rank=where["etp"])
     config = _transformer_config(arch, groups, dtype, recompute or Recompute(), te)

@@ -191,19 +191,19 @@ def _trunk(
     vocabulary: int, layers: int, hidden: int, heads: int, kv_heads: int, max_positions: int, initializer_range: float
 ) -> dict[str, Any]:
     """The fields that every architecture's config shares."""
-    return dict(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=max_positions,
-        initializer_range=initializer_range,
-        rms_norm_eps=1e-6,
-        pad_token_id=SPECIAL_TOKENS.index(PAD),
-        bos_token_id=SPECIAL_TOKENS.index(BOS),
-        eos_token_id=SPECIAL_TOKENS.index(EOS),
-    )
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": max_positions,
+        "initializer_range": initializer_range,
+        "rms_norm_eps": 1e-6,
+        "pad_token_id": SPECIAL_TOKENS.index(PAD),
+        "bos_token_id": SPECIAL_TOKENS.index(BOS),
+        "eos_token_id": SPECIAL_TOKENS.index(EOS),
+    }
 
 
 def _place_tokenizer(path: str | Path, tokenizer: str | Path | None) -> int:
