@@ -155,26 +155,39 @@ class MetricLogger:
 
 
 class TensorBoardTracker:
-    """Event files, written without TensorFlow or torch."""
+    """Event files, written without TensorFlow or torch.
+
+    The warm-up is a TensorBoard run of its own (a subfolder): steps of the other axis must not mix with its steps,
+    because TensorBoard hides everything after the step of a resume.
+    """
 
     def __init__(self, directory: Path, resume_step: int | None):
         self._events = importlib.import_module("tensorboard.compat.proto.event_pb2")
         self._summaries = importlib.import_module("tensorboard.compat.proto.summary_pb2")
-        writer = importlib.import_module("tensorboard.summary.writer.event_file_writer")
-        self._writer = writer.EventFileWriter(str(directory))
+        self._make_writer = importlib.import_module("tensorboard.summary.writer.event_file_writer").EventFileWriter
+        self._folders = {"step": directory, "warmup_step": directory / "warmup"}
+        self._writers: dict[str, Any] = {}
         if resume_step is not None:
             # Tells TensorBoard to hide what earlier files hold from this step on.
             start = self._events.SessionLog(status=self._events.SessionLog.START)
-            self._writer.add_event(self._events.Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
+            event = self._events.Event(wall_time=time.time(), step=resume_step + 1, session_log=start)
+            self._writer("step").add_event(event)
 
     def log(self, axis: str, step: int, metrics: Mapping[str, float]) -> None:
         values = [self._summaries.Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         summary = self._summaries.Summary(value=values)
-        self._writer.add_event(self._events.Event(wall_time=time.time(), step=step, summary=summary))
-        self._writer.flush()
+        writer = self._writer(axis)
+        writer.add_event(self._events.Event(wall_time=time.time(), step=step, summary=summary))
+        writer.flush()
 
     def close(self, exit_code: int) -> None:
-        self._writer.close()
+        for writer in self._writers.values():
+            writer.close()
+
+    def _writer(self, axis: str) -> Any:
+        if axis not in self._writers:
+            self._writers[axis] = self._make_writer(str(self._folders[axis]))
+        return self._writers[axis]
 
 
 class WandbTracker:

@@ -43,9 +43,8 @@ class Verification:
                 for judgement in self.judgements
                 if judgement.step == result.step
             )
-            lines.append(
-                f"{result.step:>6}  {result.count:>7}  {result.accuracy:>8.1%}  {result.reward_mean:>11.3f}  {wanted}".rstrip()
-            )
+            numbers = f"{result.step:>6}  {result.count:>7}  {result.accuracy:>8.1%}  {result.reward_mean:>11.3f}"
+            lines.append(f"{numbers}  {wanted}".rstrip())
         lines += self.mismatches
         lines.append(
             f"{len(self.mismatches)} recorded rewards differ from those computed now"

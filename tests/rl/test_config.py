@@ -1,0 +1,328 @@
+import copy
+
+import pytest
+import yaml
+
+from rl.config import ConfigError, describe, field_paths, from_dict, load, to_dict, to_yaml
+from rl.config.rules import RULES
+from rl.config.sections import RunConfig
+
+BASE = {
+    "run": {"name": "smoke", "steps": 3},
+    "model": {"path": "models/tiny", "dtype": "float32"},
+    "data": {
+        "train": {"reasoning_gym": "chain_sum", "size": 100, "seed": 0},
+        "eval": {"reasoning_gym": "chain_sum", "size": 50, "seed": 1000},
+        "prompts_per_step": 8,
+        "samples_per_prompt": 4,
+    },
+    "reward": {"path": "rl.rewards.builtin:reasoning_gym"},
+    "evaluation": {"prompts": 50},
+}
+
+
+def changed(*changes):
+    """BASE with (dotted path, value) changes; a value of `...` removes the key."""
+    raw = copy.deepcopy(BASE)
+    for path, value in changes:
+        node = raw
+        *parents, last = path.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        if value is ...:
+            del node[last]
+        else:
+            node[last] = value
+    return raw
+
+
+def violations(*changes):
+    with pytest.raises(ConfigError) as error:
+        from_dict(changed(*changes))
+    return {violation.path: violation.message for violation in error.value.violations}
+
+
+def test_base_is_valid_and_immutable():
+    config = from_dict(BASE)
+    assert str(config.output_dir) == "runs/smoke"
+    assert config.samples_per_step == 32
+    assert config.longest_sample == 512 + 256
+    assert config.engine_dtype == "float32"
+    assert not config.keeps_reference
+    with pytest.raises(ValueError, match="frozen"):
+        config.run.seed = 3
+
+
+def test_yaml_round_trip_with_every_field_set():
+    config = from_dict(changed(("algorithm.kl", {"in": "reward", "coef": 0.1}), ("sampling.stop", ["a", "b: ü"])))
+    again = from_dict(yaml.safe_load(to_yaml(config)))
+    assert again == config
+    assert again.algorithm.kl.apply_in == "reward"
+    assert list(to_dict(config)) == list(RunConfig.model_fields)
+
+
+def test_every_field_is_described():
+    text = describe()
+    for path in field_paths():
+        assert f"{path} (" in text
+    assert "None" not in text
+    assert describe("trainer.optimizer").count("\n    ") == len(
+        [path for path in field_paths() if path.startswith("trainer.optimizer.")]
+    )
+    with pytest.raises(ConfigError, match="Did you mean `trainer`"):
+        describe("trainr")
+
+
+def test_file_and_overrides(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    config = load(
+        path,
+        [
+            "run.seed=1",
+            "run.seed=7",
+            "trainer.optimizer.lr=1e-4",
+            "sampling.stop=[a, b]",
+            "data.eval=null",
+            "evaluation={}",
+            "model.create_args.layers=4",
+            "logging.wandb=off",
+        ],
+    )
+    assert config.run.seed == 7
+    assert config.trainer.optimizer.lr == 1e-4
+    assert config.sampling.stop == ("a", "b")
+    assert config.data.eval is None
+    assert config.model.create_args == {"layers": 4}
+    assert config.logging.wandb == "off"
+
+
+def test_numbers_as_people_write_them(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(BASE) + "trainer: {optimizer: {lr: 1e-4}}\nlogging: {wandb: off}\n")
+    config = load(path)
+    assert config.trainer.optimizer.lr == 1e-4
+    assert config.logging.wandb == "off"
+
+
+@pytest.mark.parametrize("text", ["run.seed", "=3", "run..seed=3"])
+def test_malformed_overrides(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    with pytest.raises(ConfigError, match=r"section\.field=value"):
+        load(path, [text])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("run: [", "expected YAML"),
+        ("- a\n- b\n", "mapping of sections"),
+        ("run: {name: a}\nrun: {name: b}\n", "duplicate"),
+        ("run: {name: '${missing.key}'}\n", "missing"),
+    ],
+)
+def test_unreadable_files(tmp_path, content, said):
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        load(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="found none"):
+        load(tmp_path / "none.yaml")
+
+
+def test_an_empty_file_names_the_required_sections(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("")
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    assert [v.path for v in error.value.violations] == ["run", "model", "data", "reward"]
+
+
+def test_everything_wrong_is_reported_at_once():
+    found = violations(
+        ("run.sed", 1),
+        ("trainer.tp", 2),
+        ("optimzer", {"lr": 1}),
+        ("sampling.temperature", -1),
+        ("sampling.stop", ["a", 3]),
+        ("algorithm.kl", {"in": "los"}),
+        ("evaluation", 3),
+        ("reward.path", "no_colon"),
+        ("run.name", ...),
+        ("sampling.top_p", 0.5),
+        ("trainer.parallel", {"pp": 2}),
+        ("data.prompts_per_step", 1.5),
+        ("data.train.size", True),
+    )
+    assert set(found) == {
+        "run.sed",
+        "trainer.tp",
+        "optimzer",
+        "sampling.temperature",
+        "sampling.stop.1",
+        "algorithm.kl.in",
+        "evaluation",
+        "reward.path",
+        "run.name",
+        "sampling.top_p",
+        "trainer.ranks",
+        "data.prompts_per_step",
+        "data.train.size",
+    }
+    assert "Did you mean `run.seed`" in found["run.sed"]
+    assert "Did you mean `trainer.parallel.tp`" in found["trainer.tp"]
+    assert "Did you mean `trainer.optimizer`" in found["optimzer"]
+    assert "expected a number > 0.0, came -1" in found["sampling.temperature"]
+    assert "expected a text, came 3" in found["sampling.stop.1"]
+    assert "'loss' or 'reward'" in found["algorithm.kl.in"]
+    assert "package.module:function" in found["reward.path"]
+    assert "required" in found["run.name"]
+    assert "expected a whole number, came 1.5" in found["data.prompts_per_step"]
+
+
+def test_rules_are_silent_about_fields_that_are_invalid_themselves():
+    # mini_batches must divide the samples, but their number is not known.
+    found = violations(("data.prompts_per_step", "eight"), ("algorithm.mini_batches", 7))
+    assert set(found) == {"data.prompts_per_step"}
+
+
+def test_the_message_lists_one_violation_per_line():
+    with pytest.raises(ConfigError) as error:
+        from_dict(changed(("run.sed", 1), ("sampling.top_k", 5)), source="a.yaml")
+    lines = str(error.value).split("\n")
+    assert lines[0] == "a.yaml: 2 errors in the configuration"
+    assert lines[1].startswith("  - run.sed: ")
+    assert lines[2].startswith("  - sampling.top_k: ")
+
+
+TWO_TP = [("trainer.ranks", 2), ("trainer.parallel.tp", 2), ("trainer.sequence_parallel", True)]
+
+BROKEN = [
+    # (changes, path, part of the message)
+    ([("data.train", {})], "data.train", "neither"),
+    ([("data.train.jsonl", "a.jsonl")], "data.train", "both"),
+    ([("data.train.size", ...)], "data.train.size", "came null"),
+    ([("data.train", {"jsonl": "a", "seed": 1})], "data.train.seed", "remove it"),
+    ([("data.train", {"jsonl": "a", "args": {"x": 1}})], "data.train.args", "remove it"),
+    ([("data.prompt_template", "hello")], "data.prompt_template", "{prompt}"),
+    ([("data.prompt_template", "Q: {prompt}"), ("data.chat", True)], "data.chat", "came both"),
+    ([("data.eval.seed", 0)], "data.eval.seed", "would not be held out"),
+    ([("data.eval.seed", 99)], "data.eval.seed", "99..148 and data.train uses 0..99"),
+    ([("data.train.seed", 1049)], "data.eval.seed", "would not be held out"),
+    (
+        [("warmup", {"steps": 10, "batch_size": 10, "examples_seed": 901})],
+        "data.eval.seed",
+        "1000..1049 and warmup uses 901..1000",
+    ),
+    (
+        [("data.train", {"jsonl": "a.jsonl"}), ("data.eval", {"jsonl": "a.jsonl"})],
+        "data.eval.jsonl",
+        "would not be held out",
+    ),
+    ([("sampling.top_p", 0.9)], "sampling.top_p", "expected 1.0"),
+    ([("sampling.top_k", 20)], "sampling.top_k", "expected 0"),
+    ([("rollout.max_model_len", 700)], "rollout.max_model_len", "= 768"),
+    ([("trainer.tokens_per_micro_batch", 766)], "trainer.tokens_per_micro_batch", "= 767"),
+    ([("trainer.parallel.cp", 2)], "trainer.parallel.cp", "not supported"),
+    ([("trainer.parallel.ep", 2)], "trainer.ranks", "at least etp*ep*pp = 2"),
+    ([("trainer.ranks", 3), ("trainer.parallel.ep", 2)], "trainer.ranks", "multiple of etp*ep*pp = 2"),
+    ([*TWO_TP, ("trainer.ranks", 3)], "trainer.ranks", "multiple of tp*pp = 2"),
+    ([("trainer.parallel.vpp", 2)], "trainer.parallel.vpp", "need a pipeline"),
+    ([*TWO_TP, ("trainer.sequence_parallel", False)], "trainer.sequence_parallel", "expected true"),
+    ([("trainer.sequence_parallel", True)], "trainer.sequence_parallel", "expected false"),
+    ([("trainer.recompute", "selective")], "trainer.recompute_modules", "came none"),
+    ([("trainer.recompute_modules", ["moe"])], "trainer.recompute_modules", "recompute is none"),
+    (
+        [("trainer.recompute", "selective"), ("trainer.recompute_modules", ["mo"])],
+        "trainer.recompute_modules",
+        "came mo;",
+    ),
+    ([("model.dtype", "float64"), ("trainer.backend", "nccl")], "model.dtype", "CPU only"),
+    ([("ray.num_cpus", 1)], "ray.num_cpus", "at least 2"),
+    ([("ray.address", "host:6379"), ("ray.num_cpus", 8)], "ray.num_cpus", "only a private instance"),
+    ([("trainer.optimizer.min_lr", 1.0)], "trainer.optimizer.min_lr", "at most"),
+    ([("trainer.optimizer.betas", [0.9, 1.0])], "trainer.optimizer.betas", "[0, 1)"),
+    ([("trainer.optimizer.decay_steps", 5)], "trainer.optimizer.decay_steps", "does not decay"),
+    (
+        [("trainer.optimizer", {"schedule": "linear", "decay_steps": 5, "warmup_steps": 5})],
+        "trainer.optimizer.decay_steps",
+        "more than",
+    ),
+    ([("algorithm.mini_batches", 5)], "algorithm.mini_batches", "divisor of"),
+    ([("algorithm.mini_batches", 32), ("trainer.ranks", 2)], "algorithm.mini_batches", "data-parallel"),
+    ([("data.samples_per_prompt", 1)], "data.samples_per_prompt", "at least 2"),
+    ([("data.prompts_per_step", 101)], "data.prompts_per_step", "at most data.train.size = 100"),
+    ([("rollout.capture_routes", False)], "algorithm.routes.train", "capture_routes"),
+    (
+        [("algorithm.routes", {"train": "own", "old_logprob": "own", "compare_own_every": 2})],
+        "algorithm.routes.compare_own_every",
+        "expected 0",
+    ),
+    (
+        [("algorithm.importance.truncation", 2.0), ("algorithm.old_logprobs", "rollout")],
+        "algorithm.importance.truncation",
+        "expected null",
+    ),
+    ([("data.train", {"jsonl": "a"}), ("warmup.steps", 3)], "warmup.steps", "expected 0"),
+    ([("warmup", {"steps": 1, "answer_template": "x"})], "warmup.answer_template", "{answer}"),
+    ([("data.eval", None), ("evaluation.every", 3)], "evaluation.every", "data.eval"),
+    ([("data.eval", None), ("evaluation.success.after_min", 0.6)], "evaluation.success.after_min", "data.eval"),
+    ([("evaluation.prompts", 51)], "evaluation.prompts", "at most data.eval.size = 50"),
+    (
+        [("evaluation.success.before_max", 0.3), ("evaluation.at_start", False)],
+        "evaluation.success.before_max",
+        "at_start",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "path", "said"), BROKEN)
+def test_broken_rules(changes, path, said):
+    found = violations(*changes)
+    assert path in found
+    assert said in found[path]
+    assert found[path].endswith((".", ")"))
+
+
+VALID = [
+    TWO_TP,
+    [("trainer.ranks", 8), ("trainer.parallel", {"tp": 2, "pp": 2, "ep": 2}), ("trainer.sequence_parallel", True)],
+    [("trainer.ranks", 2), ("trainer.parallel", {"pp": 2, "vpp": 2})],
+    [("data.eval.seed", 100)],
+    [("data.eval", {"reasoning_gym": "leg_counting", "size": 50, "seed": 0})],
+    [("warmup", {"steps": 10, "batch_size": 10, "examples_seed": 900})],
+    [("warmup", {"steps": 1000, "batch_size": 10, "examples": 100, "examples_seed": 900})],
+    [("data.samples_per_prompt", 1), ("algorithm.zero_advantages", True)],
+    [("rollout.capture_routes", False), ("algorithm.routes", {"train": "own", "old_logprob": "own"})],
+    [("algorithm.importance.truncation", 2.0)],
+    [("evaluation.success", {"before_max": 0.3, "after_min": 0.6})],
+    [("trainer.recompute", "selective"), ("trainer.recompute_modules", ["core_attn", "moe"])],
+    [("model.dtype", "float64")],
+    [("trainer.tokens_per_micro_batch", 767), ("rollout.max_model_len", 768)],
+]
+
+
+@pytest.mark.parametrize("changes", VALID)
+def test_valid_combinations(changes):
+    from_dict(changed(*changes))
+
+
+def test_every_rule_is_broken_by_some_case_above():
+    def broken_by(rule):
+        for changes, _, _ in BROKEN:
+            config = RunConfig.model_validate(changed(*changes))
+            if any(True for _ in rule(config)):
+                return True
+        return False
+
+    assert [rule.__name__ for rule in RULES if not broken_by(rule)] == []
+
+
+def test_float64_engines_run_in_float32():
+    assert from_dict(changed(("model.dtype", "float64"))).engine_dtype == "float32"
+    assert from_dict(changed(("model.dtype", "bfloat16"))).engine_dtype == "bfloat16"
+    assert from_dict(changed(("model.dtype", "bfloat16"), ("rollout.dtype", "float32"))).engine_dtype == "float32"
