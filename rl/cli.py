@@ -40,7 +40,8 @@ class _TrainCommand(TyperCommand):
 
 
 def _complete_resume(args: Sequence[str]) -> Iterator[str]:
-    for argument, following in zip(args, [*args[1:], None], strict=True):
+    for index, argument in enumerate(args):
+        following = args[index + 1] if index + 1 < len(args) else None
         yield argument
         if argument == "--resume" and (
             following is None

@@ -105,14 +105,18 @@ def render(config: RunConfig) -> str:
         ray = f"private local instance, {cpus} CPU tokens, {config.ray.object_store_mib} MiB object store"
     return "\n".join(
         [
-            f"{trainer.ranks} trainer ranks: data parallel {placement.data_parallel}, copies of each expert "
+            f"{_count(trainer.ranks, 'trainer rank')}: data parallel {placement.data_parallel}, copies of each expert "
             f"{placement.expert_data_parallel}",
             header,
             *rows,
-            f"{rollout.engines} rollout engines",
+            _count(rollout.engines, "rollout engine"),
             f"{'engine':>12}  runs on",
             *engines,
             f"Ray: {ray}; actors ask for {placement.ray_cpus} CPUs, {placement.ray_gpus} GPUs",
             f"run directory: {config.output_dir}",
         ]
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
