@@ -255,3 +255,54 @@ def modules_with_te_checkpoint() -> list[Any]:
         if callable(getattr(module, "te_checkpoint", None)):
             found.append(module)
     return found
+
+
+def sharded_object(key: str, data: Any, global_shape: tuple[int, ...], offset: tuple[int, ...], replica: Any = 0) -> Any:
+    """A ``ShardedObject`` for Megatron's distributed checkpoints."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    return ShardedObject(key, data, global_shape, offset, replica_id=replica)
+
+
+def checkpoint_metadata(groups: Any, *, distributed_optimizer: bool) -> dict[str, Any]:
+    """What ``sharded_state_dict`` wants to know; chosen so that a checkpoint loads under another layout."""
+    metadata: dict[str, Any] = {
+        "dp_cp_group": groups.dp_cp,
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
+    if distributed_optimizer:
+        metadata["distrib_optim_sharding_type"] = "fully_reshardable"
+        metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
+    return metadata
+
+
+def save_checkpoint(state: dict[str, Any], directory: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    dist_checkpointing.save(state, directory)
+
+
+def load_checkpoint(state: dict[str, Any], directory: str) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+
+    return dict(dist_checkpointing.load(state, directory))
+
+
+def load_checkpoint_common(directory: str) -> dict[str, Any]:
+    """The unsharded part of a distributed checkpoint."""
+    from megatron.core import dist_checkpointing
+
+    return dict(dist_checkpointing.load_common_state_dict(directory))
+
+
+def random_tracker_states() -> dict[str, Any]:
+    from megatron.core import tensor_parallel
+
+    return dict(tensor_parallel.get_cuda_rng_tracker().get_states())
+
+
+def set_random_tracker_states(states: dict[str, Any]) -> None:
+    from megatron.core import tensor_parallel
+
+    tensor_parallel.get_cuda_rng_tracker().set_states(states)

@@ -170,6 +170,10 @@ class TrainWorker:
         self.spec = spec
         arch = read_architecture(spec.model_path)
         dtype = DTYPES[spec.dtype]
+        if dtype == torch.float64 and spec.distributed_optimizer:
+            raise ValueError("Megatron's distributed optimizer takes no float64: set distributed_optimizer to false")
+        if dtype == torch.float64 and spec.optimizer.clip_grad:
+            raise ValueError("Megatron clips no float64 gradients: set optimizer.clip_grad to 0")
         microbatch.install()
         self.groups = create_groups(spec.layout, timeout_s=spec.collective_s)
         self.actor = build_model(
