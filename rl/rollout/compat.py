@@ -157,6 +157,21 @@ def layerwise_reload(model: Any, vllm_config: Any) -> Iterator[Callable[[Iterabl
             yield model.load_weights
         finally:
             finalize_layerwise_reload(model, vllm_config.model_config)
+            if is_cpu_platform():
+                _repack_output_layers(model)
+
+
+def _repack_output_layers(model: Any) -> None:
+    """Pack output layers again from their plain weights.
+
+    The CPU backend computes logits from a packed copy. An output layer that shares the embedding's weight is not
+    loaded itself, so its copy would stay that of the old weights.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def is_cpu_platform() -> bool:

@@ -75,7 +75,6 @@ class RolloutCPUModelRunner(stock.CPUModelRunner):
             output.aux_output_connector_output = pending.process_output()
         return output
 
-
     @contextmanager
     def _generators_at_rest(self) -> Iterator[None]:
         """Hide the random generators of requests whose token of this step is thrown away.

@@ -1,9 +1,9 @@
 """A rollout engine in a process of its own, for tests: vLLM changes its process too much to share it with pytest.
 
-    with EngineProcess(EngineConfig(...)) as engine:
-        samples = engine.call("generate", prompt, ["a"], Sampling(max_tokens=8), 0)
-        pending = engine.submit("generate", ...)   # a concurrent future
-        engine.call("preemptions")                 # `helpers` below
+with EngineProcess(EngineConfig(...)) as engine:
+    samples = engine.call("generate", prompt, ["a"], Sampling(max_tokens=8), 0)
+    pending = engine.submit("generate", ...)   # a concurrent future
+    engine.call("preemptions")                 # `helpers` below
 """
 
 from __future__ import annotations
