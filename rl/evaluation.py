@@ -106,6 +106,13 @@ def eval_files(run_directory: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def drop_evals_after(run_directory: Path, step: int) -> None:
+    """Remove evaluations of steps that a resume rolled back, so that nothing judges a model that is gone."""
+    for later, path in eval_files(run_directory).items():
+        if later > step:
+            path.unlink()
+
+
 def _to_json(sample: Sample) -> dict[str, Any]:
     return {
         "sample_id": sample.sample_id,

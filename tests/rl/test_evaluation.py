@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from rl.evaluation import EvalResult, eval_files, eval_path, judge, read_eval, summarize, write_eval
+from rl.evaluation import EvalResult, drop_evals_after, eval_files, eval_path, judge, read_eval, summarize, write_eval
 from rl.types import Prompt, Sample
 
 
@@ -59,6 +59,13 @@ def test_files_are_found_by_step(tmp_path):
     assert list(eval_files(tmp_path)) == [0, 20, 100000]
     assert eval_files(tmp_path)[20] == eval_path(tmp_path, 20)
     assert eval_files(tmp_path / "none") == {}
+
+
+def test_evaluations_of_rolled_back_steps_are_dropped(tmp_path):
+    for step in (0, 10, 20):
+        write_eval(tmp_path, step, [make_sample()])
+    drop_evals_after(tmp_path, 10)
+    assert list(eval_files(tmp_path)) == [0, 10]
 
 
 def test_summarize():
