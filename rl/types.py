@@ -70,6 +70,7 @@ class Sample:
         finish_reason: ``"stop"``, ``"length"`` or ``"abort"``.
         routes: reference to ``[T-1, L, K]`` expert ids, row i being what token i met; None for dense models.
         histogram: int32 ``[L, E]``, how often each expert occurs in those rows; None for dense models.
+        route_digests: uint64 ``[L]``, see ``megatron_ultraep.replay.layer_digests``; None for dense models.
         response_text: the response decoded without special tokens.
         reward: set by the reward step, None before.
         reward_error: why the reward could not be computed, None if it could.
@@ -83,6 +84,7 @@ class Sample:
     finish_reason: FinishReason
     routes: RouteRef | None
     histogram: np.ndarray | None
+    route_digests: np.ndarray | None = None
     response_text: str = ""
     reward: float | None = None
     reward_error: str | None = None

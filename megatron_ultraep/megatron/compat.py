@@ -21,7 +21,8 @@ def version() -> str:
     """Version of the Megatron-core that ``import megatron.core`` finds (PYTHONPATH wins over site-packages)."""
     from megatron.core.package_info import __version__
 
-    return str(__version__)
+    # From 0.19 on it appends "+<commit>" of whatever git repository it lies in.
+    return str(__version__).split("+")[0]
 
 
 def has_transformer_engine() -> bool:

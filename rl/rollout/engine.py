@@ -21,7 +21,6 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import sys
@@ -34,8 +33,8 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from megatron_ultraep.replay.histogram import histogram
-from rl.rollout import compat, routes, validation, weights
+from megatron_ultraep.replay import histogram, layer_digests
+from rl.rollout import compat, model_files, routes, validation, weights
 from rl.rollout.config import Device, EngineConfig, Sampling, derive_seed, engine_environment
 from rl.rollout.stepper import EngineFailed, EngineThread, Request
 from rl.rollout.validation import RefusedSample
@@ -117,10 +116,10 @@ class RolloutEngine:
         path = Path(self.config.model_path)
         self._manifest = weights.checkpoint_manifest(path)
         self._optional = ("lm_head.weight",) if weights.ties_embeddings(path) else ()
-        self._end_tokens = end_tokens(path)
+        self._end_tokens = model_files.end_tokens(path)
         self._thread = EngineThread(self._build, self.config.initial_version, f"rollout-engine-{self.index}")
         await self._wait(self._thread.ready, self.config.start_timeout_s, "its start")
-        self._tokenizer = await asyncio.to_thread(_load_tokenizer, path)
+        self._tokenizer = await asyncio.to_thread(model_files.load_tokenizer, path)
         moe_layers, experts, topk = await self._call(_describe, self.config.start_timeout_s, "its model's shape")
         self.info = EngineInfo(version, moe_layers, experts, topk, time.monotonic() - started, os.getpid())
         return self.info
@@ -153,7 +152,7 @@ class RolloutEngine:
         }
         if config.max_num_batched_tokens is not None:
             arguments["max_num_batched_tokens"] = config.max_num_batched_tokens
-        if config.capture_routes and is_moe(Path(config.model_path)):
+        if config.capture_routes and model_files.is_moe(Path(config.model_path)):
             arguments["enable_return_routed_experts"] = True
         if config.device == "cpu":
             arguments["worker_cls"] = "rl.rollout.cpu_worker.RolloutCPUWorker"
@@ -248,7 +247,8 @@ class RolloutEngine:
             if not all(task.done() for task in tasks):
                 for task in tasks:
                     task.cancel()
-                self._live().abort(list(sample_ids))
+                if self._thread is not None:
+                    self._thread.abort(list(sample_ids))
 
     async def _sample(
         self, prompt: Prompt, sample_id: str, sampling: Sampling, seed: int, before: Sample | None
@@ -331,7 +331,7 @@ class RolloutEngine:
             spans = routes.join_versions(before.weight_versions, len(before.response_tokens), spans)
             response = np.concatenate([before.response_tokens, response])
             logprobs = np.concatenate([before.rollout_logprobs, logprobs])
-        reference, counts = None, None
+        reference, counts, digests = None, None, None
         if self._captures and len(response):
             assert self.info is not None
             if captured is not None:
@@ -348,6 +348,7 @@ class RolloutEngine:
             if reason is not None:
                 return reason
             counts = histogram(captured, self.info.experts)
+            digests = layer_digests(captured)
             reference = self._store(captured)
         return Sample(
             sample_id=sample_id,
@@ -358,6 +359,7 @@ class RolloutEngine:
             finish_reason=output.finish_reason,
             routes=reference,
             histogram=counts,
+            route_digests=digests,
             response_text=self._decode(response),
         )
 
@@ -501,33 +503,6 @@ def _checked_slice(request: RouteSlice) -> tuple[RouteRef, slice, slice]:
             f"layers {layer_start}..{layer_stop}"
         )
     return reference, slice(row_start, row_stop), slice(layer_start, layer_stop)
-
-
-def is_moe(model_path: Path) -> bool:
-    """Whether a Hugging Face config names more than one expert."""
-    config = json.loads((model_path / "config.json").read_text())
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
-    return any((config.get(name) or 0) > 1 for name in names)
-
-
-def end_tokens(model_path: Path) -> tuple[int, ...]:
-    """The model's end-of-sequence ids: those of its generation config, else of its config."""
-    for name in ("generation_config.json", "config.json"):
-        file = model_path / name
-        if file.is_file():
-            value = json.loads(file.read_text()).get("eos_token_id")
-            if value is not None:
-                return tuple(value) if isinstance(value, list) else (value,)
-    return ()
-
-
-def _load_tokenizer(model_path: Path) -> Any | None:
-    """The directory's tokenizer, None when it has none (responses then have no text)."""
-    if not any((model_path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_path)
 
 
 def _ray() -> Any | None:

@@ -88,6 +88,8 @@ class EngineThread:
         """
 
         def add(engine: Any) -> Request:
+            if request_id in self._requests:
+                raise ValueError(f"a request {request_id!r} is already running: sample ids must be unique")
             internal_id = engine.add_request(request_id, {"prompt_token_ids": tokens}, params) or request_id
             request = Request(internal_id, [(0, self.version)])
             compat.attach_sink(engine, internal_id, request)

@@ -1,0 +1,147 @@
+"""From prompts to mini-batches: generate, reward, advantages; and what the samples were like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from megatron_ultraep.layout import BatchLayout
+from megatron_ultraep.megatron.groups import ParallelLayout
+from rl.algorithms.advantages import AdvantageConfig, AdvantageInput, get_advantage_fn
+from rl.algorithms.losses import kl
+from rl.config import RunConfig
+from rl.rollout.pool import EnginePool
+from rl.rollout.config import Sampling
+from rl.rollout.validation import RefusedSample
+from rl.training.batch import MiniBatch, TrainSample
+from rl.types import Prompt, Sample
+
+
+class RefusedSamples(RuntimeError):
+    """Samples whose routes stayed invalid after every regeneration; names each with its reason."""
+
+
+def generate(
+    pool: EnginePool, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, seed: int
+) -> list[Sample]:
+    """All samples of all prompts, in the order of prompts; a prompt's samples are neighbours.
+
+    Raises:
+        RefusedSamples: an engine gave up on a sample.
+    """
+    groups: dict[str, list[Sample]] = {}
+    refused: list[RefusedSample] = []
+    for group in pool.generate(prompts, samples_per_prompt, sampling, seed):
+        for sample in group:
+            if isinstance(sample, RefusedSample):
+                refused.append(sample)
+            else:
+                groups.setdefault(sample.prompt.uid, []).append(sample)
+    if refused:
+        shown = "; ".join(f"{r.sample_id}: {r.reason}" for r in refused[:3])
+        raise RefusedSamples(
+            f"{len(refused)} samples were refused after every regeneration (rollout.max_regenerations), the first: {shown}"
+        )
+    return [sample for prompt in prompts for sample in groups[prompt.uid]]
+
+
+def rewarded(samples: Sequence[Sample]) -> list[Sample]:
+    """Samples to train on: those with a reward and at least one token."""
+    return [s for s in samples if s.reward is not None and len(s.response_tokens)]
+
+
+def train_samples(samples: Sequence[Sample]) -> list[TrainSample]:
+    """The samples in the trainer's form, without advantages."""
+    return [TrainSample.from_sample(s) for s in samples]
+
+
+def with_advantages(
+    samples: Sequence[Sample],
+    given: Sequence[TrainSample],
+    config: RunConfig,
+    old: Mapping[str, np.ndarray] | None,
+    reference: Mapping[str, np.ndarray] | None,
+) -> tuple[list[TrainSample], dict[str, float]]:
+    """Add advantages and log-probs of the old policy and the reference.
+
+    With the KL in the reward, each sample's reward loses ``coef`` times the sum of its tokens' estimates.
+
+    Args:
+        samples: rewarded.
+        given: the same in the trainer's form.
+        config: of the run.
+        old, reference: log-probs ``[T]`` by sample id, None where the pass did not run.
+    """
+    algorithm = config.algorithm
+    rewards = torch.tensor([float(s.reward or 0.0) for s in samples], dtype=torch.float64)
+    if reference is not None and algorithm.kl.apply_in == "reward":
+        for i, (sample, train) in enumerate(zip(samples, given, strict=True)):
+            policy = old[sample.sample_id] if old is not None else train.rollout_logprobs
+            estimate = kl(torch.tensor(policy), torch.tensor(reference[sample.sample_id]), algorithm.kl.estimator)
+            rewards[i] -= algorithm.kl.coef * float(estimate[torch.from_numpy(train.loss_mask)].sum())
+    _, group_ids = np.unique([s.prompt.uid for s in samples], return_inverse=True)
+    lengths = torch.tensor([len(s.response_tokens) for s in samples])
+    result = get_advantage_fn("zero" if algorithm.zero_advantages else algorithm.advantage)(
+        AdvantageInput(rewards=rewards, group_ids=torch.from_numpy(group_ids), lengths=lengths),
+        AdvantageConfig(normalize_std=algorithm.normalize_std),
+    )
+    out = []
+    for sample, train, advantage in zip(samples, given, result.split(lengths), strict=True):
+        out.append(
+            replace(
+                train,
+                advantages=np.concatenate([np.zeros(sample.prompt_length, np.float32), advantage.numpy()]),
+                old_logprobs=None if old is None else old[sample.sample_id],
+                ref_logprobs=None if reference is None else reference[sample.sample_id],
+            )
+        )
+    return out, {f"train/{name}": value for name, value in result.metrics.items()}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How samples become micro-batches: the trainer's layout and its token budget."""
+
+    layout: ParallelLayout
+    tokens_per_micro_batch: int
+
+    def mini_batch(self, samples: Sequence[TrainSample]) -> MiniBatch:
+        """One mini-batch of these samples."""
+        return MiniBatch.make(
+            samples,
+            BatchLayout.pack(
+                [s.sample_id for s in samples],
+                [s.rows for s in samples],
+                data_parallel=self.layout.dp,
+                tokens_per_micro_batch=self.tokens_per_micro_batch,
+                row_multiple=self.layout.tp,
+                micro_batch_multiple=self.layout.pp if self.layout.vpp else 1,
+            ),
+        )
+
+    def mini_batches(self, samples: Sequence[TrainSample], count: int, order: np.ndarray) -> list[MiniBatch]:
+        """``count`` mini-batches of about equal size, samples taken in ``order``."""
+        parts = np.array_split(order, min(count, len(samples)))
+        return [self.mini_batch([samples[i] for i in part]) for part in parts]
+
+
+def rollout_metrics(samples: Sequence[Sample], max_tokens: int) -> dict[str, float]:
+    """What the samples of an iteration were like, under the names of ``rl.metrics``."""
+    rewards = np.array([0.0 if s.reward is None else s.reward for s in samples])
+    lengths = np.array([len(s.response_tokens) for s in samples])
+    metrics = {
+        "rollout/reward/mean": float(rewards.mean()),
+        "rollout/reward/std": float(rewards.std()),
+        "rollout/reward_errors": float(sum(s.reward_error is not None for s in samples)),
+        "rollout/response_length/mean": float(lengths.mean()),
+        "rollout/response_length/max": float(lengths.max()),
+        "rollout/truncated_fraction": float(np.mean([s.finish_reason == "length" for s in samples])),
+    }
+    histograms = [s.histogram for s in samples if s.histogram is not None]
+    if histograms:
+        load = np.sum(histograms, axis=0, dtype=np.int64)  # [MoE layers, experts]
+        metrics["moe/max_vio"] = float((load.max(1) / load.mean(1) - 1).mean())
+    return metrics

@@ -1,0 +1,161 @@
+"""The training half of an iteration: passes, optimizer steps, and what is written down about them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rl.ledger import StepRecord
+from rl.orchestration.setup import Run
+from rl.training.batch import TrainSample
+from rl.training.worker import PolicyObjective
+from rl.types import Prompt, Sample
+
+LogProbs = Mapping[str, np.ndarray]
+
+
+class RouteMismatch(RuntimeError):
+    """A router consumed other routes than rollout captured; names sample and layer."""
+
+
+@dataclass
+class Trained:
+    """What the optimizer steps of an iteration did."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    optimizer_steps: int = 0
+
+
+def old_and_reference(run: Run, samples: Sequence[TrainSample]) -> tuple[LogProbs | None, LogProbs | None]:
+    """Log-probs under the weights before this iteration's updates, and under the reference; None where not needed."""
+    algorithm = run.config.algorithm
+    old = reference = None
+    batch = run.packing.mini_batch(samples)
+    if algorithm.old_logprobs == "recompute":
+        with run.phase("old_logprob"):
+            old, _ = run.trainer.logprobs(
+                batch, "actor", "old_logprob", routes=_mode(run, algorithm.routes.old_logprob), settings=run.settings()
+            )
+    if run.config.keeps_reference:
+        with run.phase("reference"):
+            reference, _ = run.trainer.logprobs(
+                batch, "reference", "old_logprob", routes=_mode(run, algorithm.routes.reference), settings=run.settings()
+            )
+    return old, reference
+
+
+def compare_own_routes(run: Run, samples: Sequence[TrainSample]) -> dict[str, float]:
+    """Every so often: how far log-probs are from rollout's when training's own routers choose."""
+    every = run.config.algorithm.routes.compare_own_every
+    if not run.arch.is_moe or not every or run.step % every:
+        return {}
+    with run.phase("compare_own_routes"):
+        own, _ = run.trainer.logprobs(
+            run.packing.mini_batch(samples), "actor", "eval", routes="own", settings=run.settings()
+        )
+    difference = _mean_abs_difference(samples, own)
+    return {"train/rollout_logprob_abs_diff_own_routes": difference}
+
+
+def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample]) -> Trained:
+    """All optimizer steps of an iteration.
+
+    Args:
+        captured: the samples as rollout gave them.
+        samples: the same with advantages.
+
+    Raises:
+        RouteMismatch: see there.
+    """
+    algorithm = run.config.algorithm
+    mode = _mode(run, algorithm.routes.train)
+    objective = PolicyObjective(run.policy_loss, run.settings(with_entropy=True), mode)
+    trained, sums, tokens = Trained(), {}, 0
+    losses, norms, lrs, rows, differing = [], [], [], 0, 0
+    first_difference: float | None = None
+    for epoch in range(algorithm.epochs_per_batch):
+        # Several mini-batches see the samples in an order of their own each epoch, the same after a resume.
+        shuffle = np.random.Generator(np.random.PCG64([run.config.run.seed, run.step, epoch]))
+        order = shuffle.permutation(len(samples)) if algorithm.mini_batches > 1 else np.arange(len(samples))
+        for batch in run.packing.mini_batches(samples, algorithm.mini_batches, order):
+            outcome = run.trainer.train(batch, objective)
+            if mode == "replay":
+                _check_digests(captured, outcome.digests)
+            for name, value in outcome.sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+            if first_difference is None and outcome.tokens:
+                first_difference = outcome.sums.get("rollout_logprob_abs_diff", 0.0) / outcome.tokens
+            tokens += outcome.tokens
+            rows += outcome.route_rows
+            differing += outcome.differing
+            losses.append(outcome.loss)
+            norms.append(outcome.grad_norm)
+            lrs.append(outcome.lr)
+    trained.optimizer_steps = len(losses)
+    trained.metrics = {f"train/{name}": value / max(1, tokens) for name, value in sums.items()}
+    if algorithm.old_logprobs == "rollout" and first_difference is not None:
+        # Later mini-batches are under other weights than the samples: only the first is the engines' mismatch.
+        trained.metrics["train/rollout_logprob_abs_diff"] = first_difference
+    trained.metrics |= {
+        "train/loss": float(np.mean(losses)),
+        "train/grad_norm": float(np.mean(norms)),
+        "train/lr": lrs[-1],
+        "train/optimizer_steps": float(run.trainer.steps),
+    }
+    if rows:
+        trained.metrics["moe/own_routes_differ_fraction"] = differing / rows
+    return trained
+
+
+def record(
+    run: Run, prompts: Sequence[Prompt], samples: Sequence[Sample], trained: Trained, metrics: Mapping[str, float]
+) -> None:
+    """Make the iteration a fact: its line in the ledger, then its metrics."""
+    run.ledger.append(
+        StepRecord(
+            step=run.step,
+            weight_version=run.version,
+            epoch=prompts[0].epoch,
+            consumed=tuple((p.epoch, p.ordinal) for p in prompts),
+            sample_ids=tuple(s.sample_id for s in samples),
+            route_digests={s.sample_id: short_digest(s.route_digests) for s in samples if s.route_digests is not None},
+            rewards={n.removeprefix("rollout/"): v for n, v in metrics.items() if n.startswith("rollout/reward")},
+            timings=dict(run.seconds),
+            extra={"optimizer_steps": trained.optimizer_steps},
+        )
+    )
+    run.metrics.log(run.step, metrics)
+
+
+def short_digest(layers: np.ndarray) -> str:
+    """16 hex digits over the per-layer digests of one sample."""
+    return hashlib.blake2b(layers.astype("<u8").tobytes(), digest_size=8).hexdigest()
+
+
+def _mode(run: Run, wanted: str) -> str:
+    return wanted if run.arch.is_moe else "own"
+
+
+def _check_digests(captured: Sequence[Sample], consumed: Mapping[str, np.ndarray]) -> None:
+    expected = {s.sample_id: s.route_digests for s in captured}
+    for sample_id, digests in consumed.items():
+        wanted = expected[sample_id]
+        if wanted is None or not np.array_equal(wanted, digests):
+            layers = [] if wanted is None else np.nonzero(wanted != digests)[0].tolist()
+            raise RouteMismatch(
+                f"sample {sample_id}: the routes that routers consumed are not the captured ones in MoE layers {layers}"
+            )
+
+
+def _mean_abs_difference(samples: Sequence[TrainSample], logprobs: LogProbs) -> float:
+    total, tokens = 0.0, 0
+    for sample in samples:
+        if sample.rollout_logprobs is None:
+            continue
+        difference = np.abs(logprobs[sample.sample_id] - sample.rollout_logprobs)[sample.loss_mask]
+        total += float(difference.sum())
+        tokens += len(difference)
+    return total / max(1, tokens)

@@ -1,0 +1,123 @@
+"""The synchronous loop: generate -> reward -> advantages -> train -> update weights -> evaluate.
+
+What a step is made of is below, in order; how its parts work is in the modules it calls. A step is complete when its
+line is in the ledger; only then may its checkpoint appear, so a resumed run takes every prompt exactly once.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rl.config import RunConfig
+from rl.evaluation import judge, read_eval, eval_files, summarize
+from rl.orchestration.evaluate import evaluate
+from rl.orchestration.experience import generate, rewarded, rollout_metrics, train_samples, with_advantages
+from rl.orchestration.setup import Run, open_run
+from rl.orchestration.steps import Trained, compare_own_routes, old_and_reference, record, train
+from rl.orchestration.warmup import warm_up
+from rl.progress import Progress
+from rl.report import write_report
+
+FINISHED, THRESHOLDS_MISSED = 0, 3
+
+
+def run(config: RunConfig, resume: Path | None = None) -> int:
+    """Train as ``config`` says.
+
+    Args:
+        config: of the run.
+        resume: directory of a run to continue.
+
+    Returns:
+        0, or 3 when an accuracy threshold of ``evaluation.success`` was missed.
+    """
+    try:
+        with open_run(config, resume) as state:
+            if state.saved_step < 0:
+                begin(state)
+            total = state.total_steps()
+            state.progress = Progress(total, initial=state.step, enabled=config.logging.progress)
+            while state.step < total:
+                one_step(state)
+                last = state.step == total
+                if config.evaluation.every and state.step % config.evaluation.every == 0 and not last:
+                    evaluate(state)
+                if config.checkpoint.every and state.step % config.checkpoint.every == 0 or last:
+                    state.save()
+            if config.evaluation.at_end:
+                evaluate(state)
+            return finish(state)
+    finally:
+        if (config.output_dir / "run.json").is_file():
+            print(f"report: {write_report(config.output_dir)}")
+
+
+def begin(state: Run) -> None:
+    """Before the first step: warm up, evaluate, and save what to resume from."""
+    if state.config.warmup.steps:
+        warm_up(state)
+    state.update_engines()
+    if state.config.keeps_reference:
+        reference = state.directory / "checkpoints" / "reference"
+        reference.mkdir(parents=True, exist_ok=True)
+        state.trainer.save_reference(reference)
+    if state.config.evaluation.at_start:
+        evaluate(state)
+    state.save()
+
+
+def one_step(state: Run) -> None:
+    """One iteration."""
+    config = state.config
+    started, state.seconds = time.perf_counter(), {}
+    take = min(config.data.prompts_per_step, state.prompts_left())
+    prompts, cursor = state.data.train.batch(state.cursor, take)
+    with state.phase("generate"):
+        samples = generate(state.pool, prompts, config.data.samples_per_prompt, state.sampling, config.run.seed)
+    with state.phase("reward"):
+        samples = state.reward.score(samples)
+    trained, trained_metrics = Trained(), {}
+    if usable := rewarded(samples):
+        state.whole = False
+        given = train_samples(usable)
+        old, reference = old_and_reference(state, given)
+        compared = compare_own_routes(state, given)
+        given, advantage_metrics = with_advantages(usable, given, config, old, reference)
+        with state.phase("train"):
+            trained = train(state, usable, given)
+        trained_metrics = {**advantage_metrics, **compared, **trained.metrics}
+    with state.phase("weight_update"):
+        state.update_engines()
+    seconds = time.perf_counter() - started
+    metrics = {
+        **rollout_metrics(samples, config.sampling.max_tokens),
+        **trained_metrics,
+        "perf/step_time": seconds,
+        "perf/tokens_per_second": sum(s.length for s in samples) / seconds,
+        **{f"perf/time/{name}": value for name, value in state.seconds.items()},
+    }
+    state.step, state.cursor = state.step + 1, cursor
+    record(state, prompts, usable, trained, metrics)
+    state.whole = True
+    state.progress.update(state.step, metrics)
+
+
+def finish(state: Run) -> int:
+    """Compare held-out accuracy, recomputed from the saved samples, with the thresholds."""
+    success = state.config.evaluation.success
+    results = [
+        summarize(step, [s.reward for s in state.reward.score(read_eval(path))], state.config.evaluation.correct_from)
+        for step, path in eval_files(state.directory).items()
+    ]
+    missed = False
+    for judgement, result in zip(
+        judge(results, success.before_max, success.after_min), [r for r in (results[:1] + results[-1:]) if r], strict=False
+    ):
+        missed |= not judgement.met
+        print(
+            f"held-out accuracy after step {judgement.step}: {result.accuracy:.1%} of {result.count}, wanted "
+            f"{judgement.wanted}: {'met' if judgement.met else 'MISSED'}"
+        )
+    state.ledger.finish("thresholds" if missed else "finished")
+    return THRESHOLDS_MISSED if missed else FINISHED
