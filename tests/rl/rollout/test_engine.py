@@ -247,18 +247,6 @@ def test_update_under_running_samples(engine: EngineProcess, models: dict[str, P
     engine.call("update_weights", 0, chunks_of(models["A"]))
 
 
-def test_mixtral(tmp_path: Path) -> None:
-    path = tiny.mixtral(tmp_path / "mixtral")
-    other = tiny.mixtral(tmp_path / "other", seed=1)
-    with EngineProcess(EngineConfig(str(path), max_model_len=256, kv_cache_memory_bytes=8 << 20)) as engine:
-        assert (engine.info.moe_layers, engine.info.experts, engine.info.topk) == ((0, 1, 2, 3), 8, 2)
-        for sample in generate(engine, prompt("mixtral", 40), 2, free(40)):
-            assert_equals_transformers(sample, path, 0.7)
-        engine.call("update_weights", 1, chunks_of(other))
-        for sample in generate(engine, prompt("mixtral", 40), 2, free(40)):
-            assert_equals_transformers(sample, other, 0.7)
-
-
 def test_dense_model_and_a_step_that_fails(tmp_path: Path) -> None:
     path = tiny.llama(tmp_path / "llama", tie_word_embeddings=True)
     other = tiny.llama(tmp_path / "other", tie_word_embeddings=True, seed=1)

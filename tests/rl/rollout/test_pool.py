@@ -1,0 +1,131 @@
+"""One engine as a Ray actor, a Mixtral model this time, through its whole life."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from safetensors.torch import load_file
+
+from rl.models import tiny
+from rl.rollout.config import EngineConfig, Sampling
+from rl.rollout.engine import EngineTimeout
+from rl.rollout.pool import EngineDied, EnginePool, make_groups
+from rl.rollout.weights import WeightMismatch
+from rl.types import Prompt
+from tests.rl.rollout.reference import assert_equals_transformers
+
+TEMPERATURE = 0.8
+SAMPLING = Sampling(24, temperature=TEMPERATURE, ignore_eos=True)
+
+
+def prompts(count: int) -> list[Prompt]:
+    tokens = np.random.default_rng(0).integers(3, 200, (count, 40)).astype(np.int32)
+    return [Prompt(f"train/0/{i}", i, 0, "", tokens[i]) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("mixtral")
+    return [tiny.mixtral(root / str(seed), seed=seed) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def pool(models: list[Path]) -> Iterator[EnginePool]:
+    repository = str(Path(__file__).resolve().parents[3])
+    ray.init(
+        num_cpus=1,
+        include_dashboard=False,
+        object_store_memory=128 << 20,
+        logging_level="ERROR",
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": repository}},
+    )
+    try:
+        config = EngineConfig(
+            str(models[0]), max_model_len=256, max_num_seqs=8, kv_cache_memory_bytes=16 << 20, stop_timeout_s=15
+        )
+        with EnginePool(config) as pool:
+            yield pool
+    finally:
+        ray.shutdown()
+
+
+def test_groups_have_ids_by_prompt() -> None:
+    groups = make_groups(prompts(2), 3)
+    assert [group.sample_ids for group in groups] == [tuple(f"train/0/{i}/{k}" for k in range(3)) for i in range(2)]
+    with pytest.raises(ValueError, match="n_samples"):
+        make_groups(prompts(1), 0)
+
+
+def test_every_prompt_comes_back_once_with_its_group(pool: EnginePool, models: list[Path]) -> None:
+    assert (pool.info.moe_layers, pool.info.experts, pool.info.topk) == ((0, 1, 2, 3), 8, 2)
+    groups = list(pool.generate(prompts(10), 4, SAMPLING, seed=1))
+    assert sorted(group[0].prompt.uid for group in groups) == sorted(p.uid for p in prompts(10))
+    for group in groups:
+        assert [s.sample_id for s in group] == [f"{group[0].prompt.uid}/{k}" for k in range(4)]
+    sample = groups[0][0]
+    assert isinstance(sample.routes.handle, ray.ObjectRef), "rows must travel by reference"
+    assert_equals_transformers(sample, models[0], TEMPERATURE, routes=ray.get(sample.routes.handle, timeout=30))
+    assert pool._outstanding == [0]
+
+
+def test_async_generation(pool: EnginePool) -> None:
+    async def collect() -> int:
+        return len([group async for group in pool.agenerate(prompts(3), 2, SAMPLING, seed=1)])
+
+    assert asyncio.run(collect()) == 3
+
+
+def test_rows_are_sliced_where_they_are(pool: EnginePool) -> None:
+    samples = [group[0] for group in pool.generate(prompts(2), 1, SAMPLING, seed=2)]
+    requests = [(samples[0].routes, 3, 9, 1, 2), (samples[1].routes, 0, 2, 0, 4)]
+    parts = ray.get(pool.handles[0].slice_routes.remote(requests), timeout=30)
+    for part, (reference, row, row_stop, layer, layer_stop) in zip(parts, requests, strict=True):
+        np.testing.assert_array_equal(part, ray.get(reference.handle, timeout=30)[row:row_stop, layer:layer_stop])
+
+
+def test_weights_arrive_as_references(pool: EnginePool, models: list[Path]) -> None:
+    for version, path in ((1, models[1]), (2, models[0])):
+        # Numpy, as an exporter without torch on the wire would send.
+        tensors = [(name, tensor.numpy()) for name, tensor in load_file(path / "model.safetensors").items()]
+        manifest = {name: tensor.shape for name, tensor in tensors}
+        with pytest.raises(ValueError, match="pass manifest="):
+            pool.update_weights(version, [ray.put(dict(tensors))])
+        with pytest.raises(WeightMismatch, match="1 missing"):
+            pool.update_weights(version, [], dict(list(manifest.items())[1:]))
+        chunks = [ray.put(dict(tensors[i : i + 16])) for i in range(0, len(tensors), 16)]
+        assert pool.update_weights(version, chunks, manifest) < 30
+        sample = next(pool.generate(prompts(1), 1, SAMPLING, seed=version))[0]
+        assert sample.weight_versions == ((0, version),)
+        assert_equals_transformers(sample, path, TEMPERATURE, routes=ray.get(sample.routes.handle, timeout=30))
+
+
+def test_stopping_early_aborts_the_rest(pool: EnginePool) -> None:
+    groups = pool.generate(prompts(8), 2, Sampling(200, ignore_eos=True), seed=3)
+    next(groups)
+    groups.close()
+    assert pool._outstanding == [0]
+    assert len(list(pool.generate(prompts(8), 2, Sampling(2), seed=4))) == 8, "aborted ids must be free again"
+
+
+def test_a_wait_that_is_too_long_names_the_engine(pool: EnginePool) -> None:
+    with pytest.raises(EngineTimeout, match=r"engine 0: waited 0 s for its health"):
+        pool._all([pool.handles[0].health.remote()], 0.0, "its health")
+
+
+def test_death_of_an_engine_is_named(pool: EnginePool) -> None:
+    """The last test: it kills the engine."""
+    groups = pool.generate(prompts(8), 2, Sampling(200, ignore_eos=True), seed=5)
+    next(groups)
+    os.kill(pool.info.pid, signal.SIGKILL)
+    with pytest.raises(EngineDied, match=r"engine 0 died while we waited for samples of prompt train/0/"):
+        list(groups)
+    with pytest.raises(EngineDied, match="engine 0 died while we waited for its health"):
+        pool.health()

@@ -1,0 +1,132 @@
+"""The engine's thread with an engine made of a counter: one token per step and request."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from rl.rollout import compat, stepper
+from rl.rollout.stepper import EngineFailed, EngineThread
+
+
+class CountingEngine:
+    """Finishes a request when it has as many tokens as its params say; as much of vLLM as the thread uses."""
+
+    def __init__(self) -> None:
+        self.output_processor = SimpleNamespace(request_states={})
+        self.gate = threading.Event()
+        self.gate.set()
+        self.broken = False
+
+    def add_request(self, request_id: str, prompt: dict, params: int) -> str:
+        state = SimpleNamespace(queue=None, tokens=0, limit=params)
+        state.detokenizer = SimpleNamespace(num_output_tokens=lambda: state.tokens)
+        self.output_processor.request_states[request_id + "-x"] = state
+        return request_id + "-x"
+
+    def _finish(self, request_id: str, reason: str) -> None:
+        state = self.output_processor.request_states.pop(request_id)
+        state.queue.put(SimpleNamespace(finished=True, tokens=state.tokens, reason=reason))
+
+    def step(self) -> None:
+        self.gate.wait(10)
+        if self.broken:
+            raise ArithmeticError("broken")
+        for request_id, state in list(self.output_processor.request_states.items()):
+            state.tokens += 1
+            if state.tokens == state.limit:
+                self._finish(request_id, "length")
+
+    def abort_request(self, request_ids: list[str], internal: bool) -> None:
+        for request_id in request_ids:
+            self._finish(request_id, "abort")
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch):
+    engine = CountingEngine()
+    monkeypatch.setattr(compat, "shut_down", lambda engine: None)
+    thread = EngineThread(lambda: engine, 7, "test")
+    thread.ready.result(10)
+    yield engine, thread
+    engine.gate.set()
+    thread.stop(10)
+
+
+def test_requests_finish(counting) -> None:
+    _, thread = counting
+    requests = [thread.submit(str(n), [1], n).result(10) for n in (3, 1, 50)]
+    assert [r.output.result(10).tokens for r in requests] == [3, 1, 50]
+    assert [r.spans for r in requests] == [[(0, 7)]] * 3
+    assert thread.call(lambda engine: thread.running).result(10) == 0
+
+
+def test_an_id_that_runs_is_refused(counting) -> None:
+    engine, thread = counting
+    engine.gate.clear()
+    first = thread.submit("a", [1], 5)
+    again = thread.submit("a", [1], 5)
+    engine.gate.set()
+    first.result(10)
+    with pytest.raises(ValueError, match="'a' is already running"):
+        again.result(10)
+
+
+def test_abort_returns_what_is_there(counting) -> None:
+    _engine, thread = counting
+    request = thread.submit("a", [1], 10**9).result(10)
+    assert thread.abort(["a", "b"]).result(10) == 1
+    assert request.output.result(10).reason == "abort"
+    assert thread.abort(["a"]).result(10) == 0
+
+
+def test_version_spans_grow_under_running_requests(counting) -> None:
+    _engine, thread = counting
+
+    def update_twice(vllm: CountingEngine) -> int:
+        thread.start_version(vllm, 8)
+        thread.start_version(vllm, 9)  # no token in between: 8 leaves no span
+        return vllm.output_processor.request_states["a-x"].tokens
+
+    request = thread.submit("a", [1], 10**9).result(10)
+    while thread.progress().result(10)["a"] < 3:
+        pass
+    at = thread.call(update_twice).result(10)
+    thread.abort(["a"]).result(10)
+    assert request.spans == [(0, 7), (at, 9)]
+
+
+def test_failure_reaches_everyone_who_waits(counting) -> None:
+    engine, thread = counting
+    engine.gate.clear()
+    running = thread.submit("a", [1], 10**9).result(10)
+    waiting = thread.call(lambda vllm: None)
+    engine.broken = True
+    engine.gate.set()
+    with pytest.raises(EngineFailed, match="broken"):
+        running.output.result(10)
+    with pytest.raises(EngineFailed, match="broken"):
+        waiting.result(10)
+    with pytest.raises(EngineFailed, match="broken"):
+        thread.call(lambda vllm: None).result(10)
+
+
+def test_stop_ends_running_requests(counting) -> None:
+    _, thread = counting
+    running = thread.submit("a", [1], 10**9).result(10)
+    assert thread.stop(10)
+    with pytest.raises(EngineFailed, match="stopped"):
+        running.output.result(10)
+
+
+def test_an_engine_that_does_not_come_up_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> None:
+        raise OSError("no such model")
+
+    thread = stepper.EngineThread(build, 0, "test")
+    with pytest.raises(OSError, match="no such model"):
+        thread.ready.result(10)
+    with pytest.raises(EngineFailed, match="no such model"):
+        thread.call(lambda vllm: None).result(10)
