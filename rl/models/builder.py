@@ -224,7 +224,9 @@ def build_model(
     cpu.install()
     te = compat.has_transformer_engine()
     if torch.cuda.is_available() and not te:
-        raise UnsupportedModel("on GPUs the model is built from Transformer Engine's modules: install transformer-engine")
+        raise UnsupportedModel(
+            "on GPUs the model is built from Transformer Engine's modules: install transformer-engine"
+        )
     if te and dtype == torch.float64:
         raise UnsupportedModel("float64 runs on CPUs only: Transformer Engine has no float64 kernels")
     compat.ensure_scratch_buffer()

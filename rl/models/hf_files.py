@@ -45,7 +45,7 @@ class ModelFiles:
             files = ["model.safetensors"]
         else:
             raise FileNotFoundError(
-                f"expected model.safetensors or {_INDEX} in {self.directory}; convert other formats to safetensors first"
+                f"expected model.safetensors or {_INDEX} in {self.directory}; convert other formats to safetensors"
             )
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, dict[str, str] | None] = {}
@@ -104,7 +104,9 @@ class ModelWriter:
         self.partial = self.target.with_name(f"{self.target.name}.partial-{os.getpid()}")
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
-        self._missing = {file: {n for n, t in self.files.tensors.items() if t.file == file} for file in self.files.metadata}
+        self._missing = {
+            file: {n for n, t in self.files.tensors.items() if t.file == file} for file in self.files.metadata
+        }
         self._held: dict[str, dict[str, torch.Tensor]] = {file: {} for file in self.files.metadata}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -124,7 +126,7 @@ class ModelWriter:
             save_file(self._held.pop(info.file), self.partial / info.file, metadata=self.files.metadata[info.file])
 
     def finish(self) -> Path:
-        """Copy config and tokenizer, and let the directory appear.
+        """Copy config, tokenizer and what else is no weights, and let the directory appear.
 
         Raises:
             ValueError: tensors that never came.
@@ -133,9 +135,16 @@ class ModelWriter:
         if missing:
             raise ValueError(f"{len(missing)} tensors were not written, the first are {missing[:5]}")
         for path in self.files.directory.iterdir():
-            if path.is_file() and path.name not in self.files.metadata:
+            if path.is_file() and path.name not in self.files.metadata and not _holds_weights(path.name):
                 shutil.copy2(path, self.partial / path.name)
         if self.target.exists():
             self.target.rmdir()
         self.partial.rename(self.target)
         return self.target
+
+
+def _holds_weights(name: str) -> bool:
+    """Whether a file holds (or lists) the source's weights in another form, which would be stale beside new ones."""
+    if name.endswith(".index.json"):
+        return name != _INDEX
+    return name.endswith((".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"))

@@ -19,6 +19,8 @@ from rl.models.builder import BuiltModel, chunk_layers, padded_vocabulary
 from rl.models.hf_files import ModelFiles, ModelWriter
 from rl.models.names import Logical, logical
 
+_EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class LocalParameter:
@@ -110,7 +112,7 @@ def load_weights(model: BuiltModel, directory: str | Path) -> None:
         # Megatron ties the output layer to the embedding of the first stage by a copy on the last one.
         if model.arch.tied and chunk.post_process and not chunk.pre_process:
             rank, size, _, _ = _expert_or_dense(model, Logical((-1, 0, 0), ()))
-            entry = Logical((-1, 0, 0), ("model.embed_tokens.weight",), "vocab", 0)
+            entry = Logical((-1, 0, 0), (_EMBEDDING,), "vocab", 0)
             value = to_megatron([files.read(entry.hf[0])], entry, model.arch, rank, size)
             chunk.shared_embedding_or_output_weight().copy_(value)
     files.close()
@@ -131,8 +133,7 @@ def export_weights(model: BuiltModel, *, source: str = "parameter") -> Iterator[
         ``(Hugging Face name, tensor on the model's device)``; the tensor may be a view of live weights.
     """
     for local in local_parameters(model):
-        for name, tensor in _export_one(model, local, source):
-            yield name, tensor
+        yield from _export_one(model, local, source)
 
 
 def _export_one(model: BuiltModel, local: LocalParameter, source: str) -> list[tuple[str, torch.Tensor]]:
@@ -177,6 +178,8 @@ def save_hf(model: BuiltModel, source: str | Path, target: str | Path) -> None:
         if writer is not None:
             for name, tensor in tensors:
                 writer.add(name, tensor)
+                if model.arch.tied and name == _EMBEDDING and _OUTPUT in writer.files.tensors:
+                    writer.add(_OUTPUT, tensor)  # some directories hold the tied tensor twice
     if writer is not None:
         writer.finish()
     dist.barrier(group=world)

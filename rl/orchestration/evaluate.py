@@ -33,5 +33,5 @@ def evaluate(run: Run) -> EvalResult | None:
             "perf/time/evaluate": run.seconds.get("evaluate", 0.0),
         },
     )
-    run.progress.note(f"evaluation after step {run.step}: accuracy {result.accuracy:.3f} on {result.count} held-out prompts")
+    run.say(f"evaluation after step {run.step}: accuracy {result.accuracy:.3f} on {result.count} held-out prompts")
     return result

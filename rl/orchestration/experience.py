@@ -13,8 +13,8 @@ from megatron_ultraep.megatron.groups import ParallelLayout
 from rl.algorithms.advantages import AdvantageConfig, AdvantageInput, get_advantage_fn
 from rl.algorithms.losses import kl
 from rl.config import RunConfig
-from rl.rollout.pool import EnginePool
 from rl.rollout.config import Sampling
+from rl.rollout.pool import EnginePool
 from rl.rollout.validation import RefusedSample
 from rl.training.batch import MiniBatch, TrainSample
 from rl.types import Prompt, Sample
@@ -43,7 +43,7 @@ def generate(
     if refused:
         shown = "; ".join(f"{r.sample_id}: {r.reason}" for r in refused[:3])
         raise RefusedSamples(
-            f"{len(refused)} samples were refused after every regeneration (rollout.max_regenerations), the first: {shown}"
+            f"{len(refused)} samples were refused after every regeneration (rollout.max_regenerations), first: {shown}"
         )
     return [sample for prompt in prompts for sample in groups[prompt.uid]]
 

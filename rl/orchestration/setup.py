@@ -137,6 +137,11 @@ class Run:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
+    def say(self, text: str) -> None:
+        """A line for whoever watches, above the bar if there is one."""
+        if self.config.logging.progress:
+            self.progress.note(text)
+
     def save(self) -> None:
         """Checkpoint the state after ``step``: weights, optimizer, random state, cursor."""
         if self.saved_step == self.step:
@@ -212,9 +217,11 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
                 num_gpus=place.ray_gpus,
                 object_store_mib=config.ray.object_store_mib,
                 temp_dir=config.ray.temp_dir,
+                logs=config.output_dir / "logs",
             )
         )
         stack.enter_context(_terminate_as_interrupt())
+        started = time.perf_counter()
         pool, trainer = _start_actors(config, stack)
         run = Run(
             config=config,
@@ -225,11 +232,14 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
             trainer=trainer,
             ledger=ledger,
             metrics=metrics,
-            progress=Progress(None, enabled=False),
+            progress=Progress(None, "start", enabled=config.logging.progress),
             packing=Packing(trainer.spec.layout, config.trainer.tokens_per_micro_batch),
             stop_token_ids=_stop_token_ids(config, tokenizer),
         )
+        engines, ranks = config.rollout.engines, config.trainer.ranks
+        run.say(f"{engines} engine(s) and {ranks} trainer rank(s) up in {time.perf_counter() - started:.0f} s")
         if state is not None and newest is not None:
+            run.say(f"resuming after step {state['step']} from {newest}")
             _restore(run, newest, state)
         try:
             yield run
@@ -248,7 +258,9 @@ def _close_failed(run: Run, error: BaseException) -> None:
         except Exception as second:  # the first error is the one to report
             logger.warning("no checkpoint of step %d could be saved: %s", run.step, second)
     interrupted = isinstance(error, KeyboardInterrupt)
-    run.ledger.finish("interrupted" if interrupted else "failed", "" if interrupted else f"{type(error).__name__}: {error}")
+    run.ledger.finish(
+        "interrupted" if interrupted else "failed", "" if interrupted else f"{type(error).__name__}: {error}"
+    )
     where = f"step {run.saved_step}" if run.saved_step >= 0 else "the beginning (no checkpoint yet)"
     print(f"stopped after step {run.step}; --resume continues from {where}", file=sys.stderr)
 
@@ -290,7 +302,9 @@ def _tokenizer(path: Path) -> Any:
 def _rows(source: SourceSection) -> list[Row]:
     if source.jsonl is not None:
         return read_jsonl(source.jsonl, source.size)
-    assert source.reasoning_gym is not None and source.size is not None and source.seed is not None
+    assert source.reasoning_gym is not None  # rl.config.rules
+    assert source.size is not None
+    assert source.seed is not None
     return reasoning_gym_rows(source.reasoning_gym, source.size, source.seed, source.args)
 
 
@@ -318,7 +332,9 @@ def _load_data(config: RunConfig, tokenizer: Any) -> Data:
         eval_rows = drop_overlap(seen, eval_rows)[: config.evaluation.prompts]
         digests["eval"] = digest(eval_rows)
         held_out = PromptDataset(eval_rows, tokenizer, shuffle=False, split="eval", **encoding)
-    examples = sft_examples(solved_rows, tokenizer, answer_template=warmup.answer_template, **encoding) if solved_rows else []
+    examples = (
+        sft_examples(solved_rows, tokenizer, answer_template=warmup.answer_template, **encoding) if solved_rows else []
+    )
     return Data(
         train=PromptDataset(train_rows, tokenizer, seed=config.run.seed, shuffle=section.shuffle, **encoding),
         held_out=held_out,
@@ -358,7 +374,11 @@ def _check_against_model(config: RunConfig, arch: Architecture) -> None:
             violations.append(Violation(path, message))
 
     chunks = p.pp * p.vpp
-    demand(arch.layers % chunks == 0, "trainer.parallel.pp", f"pp*vpp = {chunks} must divide the model's {arch.layers} layers.")
+    demand(
+        arch.layers % chunks == 0,
+        "trainer.parallel.pp",
+        f"pp*vpp = {chunks} must divide the model's {arch.layers} layers.",
+    )
     demand(
         arch.heads % p.tp == 0 and arch.kv_heads % p.tp == 0,
         "trainer.parallel.tp",
@@ -368,7 +388,9 @@ def _check_against_model(config: RunConfig, arch: Architecture) -> None:
         demand(arch.experts % p.ep == 0, "trainer.parallel.ep", f"must divide {arch.experts} experts, came {p.ep}.")
     else:
         demand(p.ep == 1 and p.etp == 1, "trainer.parallel.ep", "a dense model has no experts; set ep and etp to 1.")
-        demand(not config.rollout.capture_routes, "rollout.capture_routes", "a dense model has no routes; set it to false.")
+        demand(
+            not config.rollout.capture_routes, "rollout.capture_routes", "a dense model has no routes; set it to false."
+        )
     demand(
         config.rollout.max_model_len <= arch.max_positions,
         "rollout.max_model_len",
@@ -386,9 +408,7 @@ def _open_ledger(config: RunConfig, resume: Path | None, data: Data, step: int) 
         "data_digests": data.digests,
     }
     if resume:
-        return Ledger.resume(
-            config.output_dir, checkpoint_step=step, allow_changes=config.allow_changes, **common
-        )
+        return Ledger.resume(config.output_dir, checkpoint_step=step, allow_changes=config.allow_changes, **common)
     return Ledger.create(config.output_dir, seeds={"run": config.run.seed}, **common)
 
 

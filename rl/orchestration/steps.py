@@ -42,7 +42,11 @@ def old_and_reference(run: Run, samples: Sequence[TrainSample]) -> tuple[LogProb
     if run.config.keeps_reference:
         with run.phase("reference"):
             reference, _ = run.trainer.logprobs(
-                batch, "reference", "old_logprob", routes=_mode(run, algorithm.routes.reference), settings=run.settings()
+                batch,
+                "reference",
+                "old_logprob",
+                routes=_mode(run, algorithm.routes.reference),
+                settings=run.settings(),
             )
     return old, reference
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from rl.config import RunConfig
-from rl.evaluation import judge, read_eval, eval_files, summarize
+from rl.evaluation import eval_files, judge, read_eval, summarize
 from rl.orchestration.evaluate import evaluate
 from rl.orchestration.experience import generate, rewarded, rollout_metrics, train_samples, with_advantages
 from rl.orchestration.setup import Run, open_run
@@ -37,13 +37,14 @@ def run(config: RunConfig, resume: Path | None = None) -> int:
             if state.saved_step < 0:
                 begin(state)
             total = state.total_steps()
+            state.progress.close()
             state.progress = Progress(total, initial=state.step, enabled=config.logging.progress)
             while state.step < total:
                 one_step(state)
                 last = state.step == total
                 if config.evaluation.every and state.step % config.evaluation.every == 0 and not last:
                     evaluate(state)
-                if config.checkpoint.every and state.step % config.checkpoint.every == 0 or last:
+                if (config.checkpoint.every and state.step % config.checkpoint.every == 0) or last:
                     state.save()
             if config.evaluation.at_end:
                 evaluate(state)
@@ -112,7 +113,9 @@ def finish(state: Run) -> int:
     ]
     missed = False
     for judgement, result in zip(
-        judge(results, success.before_max, success.after_min), [r for r in (results[:1] + results[-1:]) if r], strict=False
+        judge(results, success.before_max, success.after_min),
+        [r for r in (results[:1] + results[-1:]) if r],
+        strict=False,
     ):
         missed |= not judgement.met
         print(

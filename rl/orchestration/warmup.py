@@ -38,7 +38,8 @@ def warm_up(run: Run) -> None:
                 queue += order.permutation(len(examples)).tolist()
             chosen, queue = queue[: section.batch_size], queue[section.batch_size :]
             samples = [
-                TrainSample(f"warmup/{step}/{n}", examples[i].tokens, examples[i].loss_mask) for n, i in enumerate(chosen)
+                TrainSample(f"warmup/{step}/{n}", examples[i].tokens, examples[i].loss_mask)
+                for n, i in enumerate(chosen)
             ]
             outcome = run.trainer.train(run.packing.mini_batch(samples), SupervisedObjective(), lr=section.lr)
             metrics = {"warmup/loss": outcome.loss, "warmup/grad_norm": outcome.grad_norm}

@@ -57,7 +57,9 @@ def load(worker: TrainWorker, directory: str | Path) -> None:
     common = compat.load_checkpoint_common(str(directory))
     distributed = worker.spec.distributed_optimizer
     if "scheduler" not in common:
-        raise ValueError(f"{directory} holds no optimizer state: a run can only be resumed with checkpoint.save_optimizer")
+        raise ValueError(
+            f"{directory} holds no optimizer state: a run can only be resumed with checkpoint.save_optimizer"
+        )
     if common.get("distributed_optimizer") != distributed:
         raise ValueError(
             f"{directory} was written with distributed_optimizer={common.get('distributed_optimizer')}, this run has "
@@ -68,7 +70,11 @@ def load(worker: TrainWorker, directory: str | Path) -> None:
     if (saved.ep > 1) != (mine.ep > 1) or (not distributed and saved != mine):
         raise ValueError(
             f"{directory} was written under {saved}, this run has {mine}: "
-            + ("keep ep at 1 or above 1 as it was" if distributed else "the plain optimizer resumes under the same layout only")
+            + (
+                "keep ep at 1 or above 1 as it was"
+                if distributed
+                else "the plain optimizer resumes under the same layout only"
+            )
         )
     reset_optimizer_state(worker.optimizer)  # torch's Adam makes its state lazily; loading wants it there
     state = _model_state(worker.actor, distributed)
@@ -131,7 +137,7 @@ def _complete_optimizer_state(worker: TrainWorker) -> None:
 
 
 def _separate_step_counts(optimizer: Any) -> None:
-    """Loading puts one ``step`` tensor into every parameter's state, and torch's Adam would then count it up for each."""
+    """Loading puts one ``step`` tensor into every parameter's state; torch's Adam would count it up for each."""
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
         for state in inner.optimizer.state.values() if inner.optimizer is not None else ():
             if torch.is_tensor(state.get("step")):

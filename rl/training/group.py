@@ -83,9 +83,7 @@ class TrainerActor:
             s.bind((host, 0))
             return f"{host}:{s.getsockname()[1]}"
 
-    def start(
-        self, spec: TrainerSpec, world: int, address: str, backend: str, limits: TrainerLimits
-    ) -> dict[str, Any]:
+    def start(self, spec: TrainerSpec, world: int, address: str, backend: str, limits: TrainerLimits) -> dict[str, Any]:
         """Join the group and build everything; returns what was built."""
         import os
 

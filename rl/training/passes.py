@@ -1,6 +1,6 @@
 """One pass of one model over a mini-batch: pack, replay, run the schedule, account for what routers consumed.
 
-    set routes of every micro-batch -> run Megatron's stock schedule -> finish: all routes consumed, digests, differences
+    set routes of every micro-batch -> run Megatron's stock schedule -> finish: all consumed, digests, differences
 
 The micro-batch key is entered here, in the forward step, and nowhere else.
 """
@@ -272,7 +272,7 @@ def _routes_of(sample: TrainSample, model: BuiltModel) -> RouteRef:
     if sample.routes is None or sample.routes.shape != expected:
         raise ValueError(
             f"sample {sample.sample_id}: expected captured routes of shape {expected} to replay, got "
-            f"{None if sample.routes is None else sample.routes.shape}; capture routes in rollout, or set the pass to 'own'"
+            f"{None if sample.routes is None else sample.routes.shape}; capture routes in rollout, or set 'own'"
         )
     return sample.routes
 

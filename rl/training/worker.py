@@ -1,10 +1,10 @@
 """One Megatron rank of the trainer; free of Ray, so that tests run it in plain processes.
 
-    worker = TrainWorker(TrainerSpec(...), rank, world)     # torch.distributed is initialised
-    worker.load("model/")
-    old, _ = worker.logprobs(part, "actor", "old_logprob", step, "replay")
-    result = worker.train(part, step, PolicyObjective(...))
-    chunks = list(worker.export(bucket_bytes))
+worker = TrainWorker(TrainerSpec(...), rank, world)     # torch.distributed is initialised
+worker.load("model/")
+old, _ = worker.logprobs(part, "actor", "old_logprob", step, "replay")
+result = worker.train(part, step, PolicyObjective(...))
+chunks = list(worker.export(bucket_bytes))
 """
 
 from __future__ import annotations
@@ -176,9 +176,7 @@ class TrainWorker:
             raise ValueError("Megatron clips no float64 gradients: set optimizer.clip_grad to 0")
         microbatch.install()
         self.groups = create_groups(spec.layout, timeout_s=spec.collective_s)
-        self.actor = build_model(
-            arch, self.groups, name="actor", dtype=dtype, recompute=spec.recompute, seed=spec.seed
-        )
+        self.actor = build_model(arch, self.groups, name="actor", dtype=dtype, recompute=spec.recompute, seed=spec.seed)
         load_weights(self.actor, spec.model_path)
         self.replay = self._replay_of(self.actor)
         self._wrap_and_optimize()
@@ -239,7 +237,9 @@ class TrainWorker:
         """Log-probs of learnt tokens, see :meth:`PassRunner.logprobs`; model ``"actor"`` or ``"reference"``."""
         return self.runners[model].logprobs(batch, settings, pass_=pass_, step=step, routes=routes)
 
-    def gradients(self, batch: MiniBatch, step: int, objective: Objective) -> tuple[float, dict[str, float], RouteReport]:
+    def gradients(
+        self, batch: MiniBatch, step: int, objective: Objective
+    ) -> tuple[float, dict[str, float], RouteReport]:
         """Forward and backward of one mini-batch, gradients reduced and left in ``main_grad``."""
         for chunk in self.actor.wrapped:
             chunk.zero_grad_buffer()
@@ -251,7 +251,12 @@ class TrainWorker:
             return loss, {"loss": loss.detach(), **sums}
 
         kept, report = runner.run(
-            batch, pass_="train", step=step, routes=objective.routes, per_micro_batch=per_micro_batch, forward_only=False
+            batch,
+            pass_="train",
+            step=step,
+            routes=objective.routes,
+            per_micro_batch=per_micro_batch,
+            forward_only=False,
         )
         sums: dict[str, float] = {}
         if self.groups.coordinates["tp"] == 0:
@@ -291,7 +296,7 @@ class TrainWorker:
         )
 
     def end_warmup(self) -> None:
-        """Forget the optimizer's moments, return to the schedule's learning rate; the reference takes today's weights."""
+        """Forget the optimizer's moments, go back to the schedule; the reference takes today's weights."""
         reset_optimizer_state(self.optimizer)
         self.scheduler.step(increment=0)
         if self.reference is not None:
