@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from megatron_ultraep.layout import BatchLayout
@@ -66,19 +65,22 @@ LOSS = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.01, importance_cap=2.0, clip
 
 def make_worker(directory: str, layout: dict[str, Any], **spec: Any) -> TrainWorker:
     recompute = spec.pop("recompute", None)
+    clip = 0.0 if spec.get("dtype") == "float64" else 1.0  # Megatron clips no float64 gradients
     return TrainWorker(
         TrainerSpec(
             model_path=directory,
             layout=ParallelLayout(world=dist.get_world_size(), **layout),
             recompute=Recompute(*recompute) if recompute else Recompute(),
-            optimizer=spec.pop("optimizer", OptimizerSpec(lr=1e-3, clip_grad=1.0)),
+            optimizer=spec.pop("optimizer", OptimizerSpec(lr=1e-3, clip_grad=clip)),
             collective_s=60.0,
             **spec,
         )
     )
 
 
-def one_step(directory: str, layout: dict[str, Any], *, routes: str = "replay", step: bool = False, **spec: Any) -> dict:
+def one_step(
+    directory: str, layout: dict[str, Any], *, routes: str = "replay", step: bool = False, **spec: Any
+) -> dict:
     """Loss, gradients (or weights after a step) in logical order and route digests, as this rank sees them."""
     worker = make_worker(directory, layout, **spec)
     arch = read_architecture(directory)
@@ -115,7 +117,3 @@ def worst(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     """max|a - b| / max|b| of the worst tensor."""
     assert set(a) == set(b), set(a) ^ set(b)
     return max(float(np.abs(a[n] - b[n]).max() / max(np.abs(b[n]).max(), 1e-30)) for n in b)
-
-
-def torch_seed(seed: int) -> None:
-    torch.manual_seed(seed)

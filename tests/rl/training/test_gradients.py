@@ -34,7 +34,10 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stock(ranks, directory):
     """EP=1 on one rank."""
-    return {dtype: merge(ranks(1).run(one_step, directory, {}, dtype=dtype, distributed_optimizer=False)) for dtype in ("float64", "float32")}
+    return {
+        dtype: merge(ranks(1).run(one_step, directory, {}, dtype=dtype, distributed_optimizer=False))
+        for dtype in ("float64", "float32")
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
@@ -45,7 +48,9 @@ def test_gradients_equal_one_rank(ranks, directory, stock, layout, dtype):
     expected = stock[dtype]
     bar = 1e-8 if dtype == "float64" else 1e-5
     error = worst(got["tensors"], expected["tensors"])
-    print(f"{layout} {dtype}: loss {got['loss']:.12f} |dloss| {abs(got['loss'] - expected['loss']):.1e} max|dg|/max|g| {error:.1e}")
+    print(
+        f"{layout} {dtype}: loss {got['loss']:.12f} |dloss| {abs(got['loss'] - expected['loss']):.1e} max|dg|/max|g| {error:.1e}"
+    )
     assert abs(got["loss"] - expected["loss"]) <= bar * max(1, abs(expected["loss"]))
     assert error <= bar
     captured = {s.sample_id: layer_digests(s.routes.handle) for s in make_samples(read_architecture(directory))}
