@@ -294,7 +294,9 @@ class RaySection(Section):
     address: str | None = Field(None, description="Cluster to join; null: a private local instance, ended with us.")
     num_cpus: int | None = Field(None, ge=1, description="CPUs of the private instance; null: as many as actors ask.")
     object_store_mib: int = Field(256, ge=80, description="MiB of the private instance's object store.")
-    temp_dir: ConfigPath | None = Field(None, description="Ray's files; null: a fresh directory, removed at the end.")
+    temp_dir: ConfigPath | None = Field(
+        None, description="Where Ray's files go, in a fresh directory that is removed at the end; null: /tmp."
+    )
 
 
 class RunConfig(Section):
