@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, overload
 
 import torch.distributed as dist
 
@@ -85,10 +85,13 @@ class ParallelLayout:
         }
 
 
-def _peers(layout: ParallelLayout, rank: int, *same: str) -> list[int]:
-    """Ranks that agree with ``rank`` in every coordinate named."""
-    mine = layout.coordinates(rank)
-    return [r for r in range(layout.world) if all(layout.coordinates(r)[c] == mine[c] for c in same)]
+def _partition(layout: ParallelLayout, *same: str) -> list[tuple[int, ...]]:
+    """The model's ranks in sets that agree in every coordinate named, by first rank."""
+    sets: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(layout.world):
+        where = layout.coordinates(rank)
+        sets.setdefault(tuple(where[c] for c in same), []).append(rank)
+    return [tuple(ranks) for ranks in sets.values()]
 
 
 @dataclass(frozen=True)
@@ -118,58 +121,73 @@ class ModelGroups:
         return self.coordinates["pp"] == self.layout.pp - 1
 
 
+@overload
+def create_groups(
+    layout: ParallelLayout, *, ranks: None = None, timeout_s: float = 600.0, backend: str | None = None
+) -> ModelGroups: ...
+
+
+@overload
+def create_groups(
+    layout: ParallelLayout, *, ranks: Sequence[int], timeout_s: float = 600.0, backend: str | None = None
+) -> ModelGroups | None: ...
+
+
 def create_groups(
     layout: ParallelLayout, *, ranks: Sequence[int] | None = None, timeout_s: float = 600.0, backend: str | None = None
-) -> ModelGroups:
-    """Create the groups of one model; called by every one of its ranks, for all models in the same order.
+) -> ModelGroups | None:
+    """Create the groups of one model; called by every rank of the world, for all models in the same order.
 
-    Groups with the same members are created once (gloo starts threads for each). Only members take part.
+    Groups with the same members are created once (gloo starts threads for each). Only members of a group connect, but
+    every rank must call, member of the model or not: torch numbers groups by the calls made so far. (Letting members
+    alone create a group looks cheaper, but torch then names it after the number of groups its rank has, which differs
+    between the first, the middle and the last stages of a pipeline: they wait for each other until the time-out.)
 
     Args:
         layout: parallel sizes.
-        ranks: global ranks of the model in order; all of the world by default.
+        ranks: global ranks of the model, increasing; all of the world by default.
         timeout_s: limit of every wait on these groups, in seconds.
         backend: ``"gloo"`` or ``"nccl"``; the default group's by default.
 
+    Returns:
+        the groups; None on a rank that is none of the model's.
+
     Raises:
-        ValueError: when the number of ranks is not the layout's, or this process is none of them.
+        ValueError: when the ranks are not as many as the layout's, or not increasing.
     """
     members = list(range(dist.get_world_size())) if ranks is None else list(ranks)
     if len(members) != layout.world:
         raise ValueError(f"expected {layout.world} ranks for {layout}, got {len(members)}")
-    if dist.get_rank() not in members:
-        raise ValueError(f"rank {dist.get_rank()} is not one of the model's ranks {members}")
-    rank = members.index(dist.get_rank())
+    if members != sorted(set(members)):
+        raise ValueError(f"expected increasing ranks (torch orders groups by global rank), got {members}")
+    rank = members.index(dist.get_rank()) if dist.get_rank() in members else None
     made: dict[tuple[int, ...], Any] = {}
 
-    def group(local_ranks: list[int]) -> Any:
-        key = tuple(local_ranks)
-        if key not in made:
-            made[key] = dist.new_group(
-                [members[r] for r in key],
-                timeout=timedelta(seconds=timeout_s),
-                backend=backend,
-                use_local_synchronization=True,
-            )
-        return made[key]
+    def mine(sets: Sequence[tuple[int, ...]]) -> Any:
+        """Create what is not there yet; the group of this rank, None if it is in none of the sets."""
+        for key in sets:
+            if key not in made:
+                made[key] = dist.new_group(
+                    [members[r] for r in key], timeout=timedelta(seconds=timeout_s), backend=backend
+                )
+        return next((made[key] for key in sets if rank in key), None)
 
     def peers(*same: str) -> Any:
-        return group(_peers(layout, rank, *same))
+        return mine(_partition(layout, *same))
 
-    first, last = 0, layout.pp - 1
-    pipeline = _peers(layout, rank, "tp", "dp")
-    ends = [pipeline[first]] if first == last else [pipeline[first], pipeline[last]]
+    pipelines = _partition(layout, "tp", "dp")
     dp = peers("tp", "pp")
     expert_dp = peers("etp", "ep", "pp")
+    tp = peers("dp", "pp")
     # cp is 1: every group "with context parallelism" equals the one without.
     collection = compat.process_group_collection(
-        tp=peers("dp", "pp"),
-        cp=group([rank]),
-        pp=peers("tp", "dp"),
+        tp=tp,
+        cp=mine([(r,) for r in range(layout.world)]),
+        pp=mine(pipelines),
         mp=peers("dp"),
-        embd=group(ends) if rank in ends else None,
-        pos_embd=group([pipeline[first]]) if rank == pipeline[first] else None,
-        tp_cp=peers("dp", "pp"),
+        embd=mine([p[:1] if len(p) == 1 else (p[0], p[-1]) for p in pipelines]),
+        pos_embd=mine([p[:1] for p in pipelines]),
+        tp_cp=tp,
         ep=peers("etp", "expert_dp", "pp"),
         expt_tp=peers("ep", "expert_dp", "pp"),
         tp_ep=peers("expert_dp", "pp"),
@@ -181,9 +199,9 @@ def create_groups(
         intra_dp_cp=dp,
         intra_expt_dp=expert_dp,
         inter_dist_opt=None,
-        intra_dist_opt=group(list(range(layout.world))),
+        intra_dist_opt=mine([tuple(range(layout.world))]),
         # 0.19 splits data parallelism once more, for rematerialised weights; unused here, so it is the same group.
         dp_cp_gtp_remat=dp,
         expt_dp_gtp_remat=expert_dp,
     )
-    return ModelGroups(layout, rank, collection)
+    return None if rank is None else ModelGroups(layout, rank, collection)

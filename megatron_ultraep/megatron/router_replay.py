@@ -37,7 +37,7 @@ class _Entry:
     consumed: int = 0
     differing: torch.Tensor | None = None  # int64 [], rows whose own top-k is another set
     output: torch.Tensor | None = None  # int64 [rows, topk], the experts in the router's output, ascending
-    faults: torch.Tensor | None = None  # int64 [], rows whose output has not topk experts, or changed in recomputation
+    faults: torch.Tensor | None = None  # bool [rows], output has not topk experts, or changed in recomputation
 
 
 class RouterHandle:
@@ -196,9 +196,10 @@ class RoutingReplay:
                 continue
             if entry.consumed == 0:
                 raise ReplayError(f"{key}, MoE layer {moe_layer}: routes were set but no router consumed them")
-            if entry.faults is not None and int(entry.faults):
+            faults = 0 if entry.faults is None else int(entry.faults.sum())
+            if faults:
                 raise ReplayError(
-                    f"{key}, MoE layer {moe_layer}: {int(entry.faults)} rows of the router's output do not have "
+                    f"{key}, MoE layer {moe_layer}: {faults} rows of the router's output do not have "
                     f"{entry.routes.shape[1]} distinct experts, or recomputation routed them otherwise than the forward"
                 )
             assert entry.differing is not None
@@ -221,10 +222,10 @@ class RoutingReplay:
         # No host synchronisation here: what must be compared is compared when the micro-batch is finished.
         routing_map = output[1]
         chosen = routing_map.to(torch.float32).topk(entry.routes.shape[1], dim=1).indices.sort(dim=1).values
-        faults = (routing_map.sum(1) != entry.routes.shape[1]).sum() + (~routing_map.gather(1, chosen)).sum()
+        faults = routing_map.sum(1) != entry.routes.shape[1]
         if entry.output is not None:
-            faults = faults + (entry.output != chosen).sum()
-        entry.faults = faults if entry.faults is None else entry.faults + faults
+            faults = faults | (entry.output != chosen).any(1)
+        entry.faults = faults if entry.faults is None else entry.faults | faults
         entry.output = chosen
 
 
