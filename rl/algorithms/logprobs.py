@@ -71,6 +71,33 @@ def vocab_parallel_logprobs(
     return logprobs, entropy
 
 
+@torch.no_grad()
+def is_most_likely(
+    logits: Tensor,
+    targets: Tensor,
+    tp_group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+) -> Tensor:
+    """Whether each target is what greedy decoding would choose, bool ``[tokens]``; arguments as above.
+
+    A response all of whose tokens are most likely, each after the ones before it, is the greedy response. Of equally
+    likely tokens all count.
+    """
+    if vocab_size is None and tp_group is None:
+        vocab_size = vocab_start + logits.shape[-1]
+    _check(logits, targets, vocab_start, 1.0, 1, vocab_size)
+    assert vocab_size is not None
+    real = _real_columns(logits, vocab_start, vocab_size)
+    best = _row_max(logits, real, logits.dtype)
+    column = targets - vocab_start
+    here = (column >= 0) & (column < logits.shape[1])
+    value = logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    both = torch.stack([best, torch.where(here, value, torch.full_like(value, -torch.inf))])
+    _all_reduce(both, dist.ReduceOp.MAX, tp_group)
+    return both[1] >= both[0]
+
+
 class _VocabParallelLogprobs(torch.autograd.Function):
     """The steps of the module docstring; saves the logits and per-row values only."""
 

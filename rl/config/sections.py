@@ -238,7 +238,7 @@ class WarmupSection(Section):
     examples_seed: int = Field(0, ge=0, description="Generator seed; example i has seed `examples_seed + i`.")
     answer_template: str = Field("{answer}", description="Text around each right answer; must hold `{answer}`.")
     stop_at_accuracy: float | None = Field(
-        None, gt=0, le=1, description="Stop early at this greedy accuracy on problems of the warm-up; null: never."
+        None, gt=0, le=1, description="Stop early at this greedy accuracy on the batches (mean of two); null: never."
     )
 
 

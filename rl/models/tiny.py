@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,39 @@ _DEFAULT_TEXTS = ("0123456789 + - * / = ( ) What is the answer?",)
 _VOCABULARY_MULTIPLE = 64
 
 
-def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 320) -> Path:
+def for_reasoning_gym(
+    path: str | Path,
+    *,
+    task: str,
+    task_args: Mapping[str, Any] | None = None,
+    texts: int = 2000,
+    text_seed: int = 0,
+    vocab_size: int = 384,
+    **model: Any,
+) -> Path:
+    """A random Qwen3-MoE model whose tokenizer knows the wording of one reasoning-gym task.
+
+    The wording of such a task repeats: learnt as whole phrases, a prompt takes few tokens, and a tiny model learns in
+    minutes what it would otherwise spend on reading. Digits stay single tokens.
+
+    Args:
+        task, task_args: of reasoning-gym.
+        texts, text_seed: problems whose wording the tokenizer learns, and their generator seed.
+        vocab_size: upper limit of the vocabulary.
+        model: arguments of :func:`qwen3_moe`.
+    """
+    from rl.data.sources import create_task
+
+    problems = create_task(task, {**(task_args or {}), "size": texts, "seed": text_seed})
+    tokenizer = Path(path) / "tokenizer"
+    train_tokenizer((problems[i]["question"] for i in range(texts)), tokenizer, vocab_size, phrases=True)
+    try:
+        return qwen3_moe(path, tokenizer=tokenizer, **model)
+    finally:
+        shutil.rmtree(tokenizer)
+
+
+def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 320, *, phrases: bool = False) -> Path:
     """Train a byte-level BPE tokenizer and write it to ``path``.
 
     Digits are always single tokens, so that arithmetic does not depend on which numbers the texts held.
@@ -34,6 +66,7 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 32
         texts: what the merges are learnt from.
         path: directory to write to; made when missing.
         vocab_size: upper limit of the vocabulary, at least 259 (specials and bytes).
+        phrases: let merges run over white space, so that wording that repeats becomes single tokens.
 
     Raises:
         ValueError: ``vocab_size`` has no room for specials and bytes.
@@ -46,7 +79,10 @@ def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 32
         raise ValueError(f"vocab_size must be >= {smallest} (3 special tokens and 256 bytes), got {vocab_size}")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not phrases),
+        ]
     )
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(

@@ -49,7 +49,6 @@ class Data:
     train: PromptDataset
     held_out: PromptDataset | None
     warmup: list[SupervisedExample]
-    warmup_problems: PromptDataset | None
     digests: dict[str, str]
 
 
@@ -339,9 +338,6 @@ def _load_data(config: RunConfig, tokenizer: Any) -> Data:
         train=PromptDataset(train_rows, tokenizer, seed=config.run.seed, shuffle=section.shuffle, **encoding),
         held_out=held_out,
         warmup=examples,
-        warmup_problems=PromptDataset(solved_rows, tokenizer, shuffle=False, split="warmup", **encoding)
-        if solved_rows and warmup.stop_at_accuracy
-        else None,
         digests=digests,
     )
 

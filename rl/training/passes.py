@@ -18,7 +18,7 @@ from megatron_ultraep.layout import MicroBatch, MicroBatchKey, Pass
 from megatron_ultraep.megatron import compat, microbatch
 from megatron_ultraep.megatron.router_replay import RoutingReplay
 from megatron_ultraep.replay import assemble, overlap, router_rows, row_hashes
-from rl.algorithms.logprobs import vocab_parallel_logprobs
+from rl.algorithms.logprobs import is_most_likely, vocab_parallel_logprobs
 from rl.models.builder import BuiltModel
 from rl.training.batch import MiniBatch, PackedTensors, TrainSample, pack, unpack_rows
 from rl.types import RouteRef
@@ -191,6 +191,16 @@ class PassRunner:
             chunk_tokens=settings.chunk_tokens,
             vocab_size=self.model.arch.vocab,
             with_entropy=settings.with_entropy,
+        )
+
+    def most_likely(self, logits: torch.Tensor, packed: PackedTensors) -> torch.Tensor:
+        """Whether each row's target is what greedy decoding would choose: bool ``[rows]``."""
+        return is_most_likely(
+            logits,
+            packed.targets,
+            self.model.groups.collection.tp if self.model.groups.layout.tp > 1 else None,
+            vocab_start=self.model.groups.coordinates["tp"] * logits.shape[-1],
+            vocab_size=self.model.arch.vocab,
         )
 
     # ---------------------------------------------------------------- routes

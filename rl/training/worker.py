@@ -122,7 +122,10 @@ class PolicyObjective:
 
 @dataclass(frozen=True)
 class SupervisedObjective:
-    """Mean negative log-likelihood of the learnt tokens; routers choose by themselves."""
+    """Mean negative log-likelihood of the learnt tokens; routers choose by themselves.
+
+    The sum ``exact`` counts samples whose learnt tokens are what greedy decoding would write.
+    """
 
     settings: PassSettings = field(default_factory=PassSettings)
     routes: RouteMode = "own"
@@ -132,7 +135,10 @@ class SupervisedObjective:
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logprobs, _ = runner.token_logprobs(logits, packed, self.settings)
         total = -(torch.where(packed.mask, logprobs, torch.zeros_like(logprobs))).sum()
-        return total / max(1, batch.total_tokens), {"nll": total.detach()}
+        wrong = packed.mask & ~runner.most_likely(logits, packed)
+        errors = torch.zeros_like(packed.segment_tokens).index_add_(0, packed.sample_index, wrong.to(torch.int64))
+        exact = ((errors == 0) & (packed.segment_tokens > 0)).sum()
+        return total / max(1, batch.total_tokens), {"nll": total.detach(), "exact": exact}
 
 
 @dataclass
