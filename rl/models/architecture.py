@@ -134,7 +134,8 @@ def _moe(config: dict[str, Any], layers: int) -> tuple[int, int, int, tuple[int,
         step = int(config.get("decoder_sparse_step") or 1)
         moe_layers = tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
         return (
-            int(config["num_experts"]),
+            # transformers 5 saves it as num_local_experts
+            int(config["num_experts"] if "num_experts" in config else config["num_local_experts"]),
             int(config["num_experts_per_tok"]),
             int(config["moe_intermediate_size"]),
             moe_layers,

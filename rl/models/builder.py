@@ -138,6 +138,8 @@ def _transformer_config(
         "calculate_per_token_loss": True,
         # Micro-batches of one step differ in length.
         "variable_seq_lengths": layout.pp > 1,
+        # Dense models too: the default dispatcher refuses variable lengths.
+        "moe_token_dispatcher_type": "alltoall",
         "batch_p2p_comm": not layout.vpp,
         "overlap_p2p_comm": bool(layout.vpp),
         # The interleaved schedule frees a send buffer that gloo still reads.
@@ -156,7 +158,6 @@ def _transformer_config(
             "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
             "moe_router_load_balancing_type": "none",
             "moe_aux_loss_coeff": 0.0,
-            "moe_token_dispatcher_type": "alltoall",
             "moe_grouped_gemm": te,
             "moe_permute_fusion": False,
             "expert_model_parallel_size": layout.ep,
