@@ -43,7 +43,7 @@ METRICS = {
     "train/lr": "Learning rate.",
     "train/rollout_logprob_abs_diff": "Mean |rollout - training log-prob|, nats per token, with the routes in use.",
     "train/rollout_logprob_abs_diff_own_routes": "The same when training's own routers choose.",
-    "moe/own_routes_differ_fraction": "Fraction of tokens whose own routes differ from rollout's in some layer.",
+    "moe/own_routes_differ_fraction": "Fraction of (token, layer) where equal weights route otherwise than rollout.",
     "moe/max_vio": "(max - mean) / mean of tokens per expert, mean over layers.",
     "perf/step_time": "Seconds of one iteration.",
     "perf/tokens_per_second": "Tokens of the iteration's samples over its seconds.",

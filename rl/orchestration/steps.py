@@ -11,6 +11,7 @@ import numpy as np
 from rl.ledger import StepRecord
 from rl.orchestration.setup import Run
 from rl.training.batch import TrainSample
+from rl.training.group import StepOutcome
 from rl.training.worker import PolicyObjective
 from rl.types import Prompt, Sample
 
@@ -29,16 +30,24 @@ class Trained:
     optimizer_steps: int = 0
 
 
-def old_and_reference(run: Run, samples: Sequence[TrainSample]) -> tuple[LogProbs | None, LogProbs | None]:
-    """Log-probs under the weights before this iteration's updates, and under the reference; None where not needed."""
+def old_and_reference(
+    run: Run, samples: Sequence[TrainSample]
+) -> tuple[LogProbs | None, LogProbs | None, dict[str, float]]:
+    """Log-probs under the weights before this iteration's updates, and under the reference; None where not needed.
+
+    With them, how many rows those weights would have routed otherwise than rollout did, if routes were replayed.
+    """
     algorithm = run.config.algorithm
     old = reference = None
+    metrics: dict[str, float] = {}
     batch = run.packing.mini_batch(samples)
     if algorithm.old_logprobs == "recompute":
         with run.phase("old_logprob"):
-            old, _ = run.trainer.logprobs(
+            old, report = run.trainer.logprobs(
                 batch, "actor", "old_logprob", routes=_mode(run, algorithm.routes.old_logprob), settings=run.settings()
             )
+        if report.rows:
+            metrics["moe/own_routes_differ_fraction"] = report.differing / report.rows
     if run.config.keeps_reference:
         with run.phase("reference"):
             reference, _ = run.trainer.logprobs(
@@ -48,7 +57,7 @@ def old_and_reference(run: Run, samples: Sequence[TrainSample]) -> tuple[LogProb
                 routes=_mode(run, algorithm.routes.reference),
                 settings=run.settings(),
             )
-    return old, reference
+    return old, reference, metrics
 
 
 def compare_own_routes(run: Run, samples: Sequence[TrainSample]) -> dict[str, float]:
@@ -78,8 +87,8 @@ def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample]) 
     mode = _mode(run, algorithm.routes.train)
     objective = PolicyObjective(run.policy_loss, run.settings(with_entropy=True), mode)
     trained, sums, tokens = Trained(), {}, 0
-    losses, norms, lrs, rows, differing = [], [], [], 0, 0
-    first_difference: float | None = None
+    losses, norms, lrs = [], [], []
+    first: StepOutcome | None = None
     for epoch in range(algorithm.epochs_per_batch):
         # Several mini-batches see the samples in an order of their own each epoch, the same after a resume.
         shuffle = np.random.Generator(np.random.PCG64([run.config.run.seed, run.step, epoch]))
@@ -90,27 +99,25 @@ def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample]) 
                 _check_digests(captured, outcome.digests)
             for name, value in outcome.sums.items():
                 sums[name] = sums.get(name, 0.0) + value
-            if first_difference is None and outcome.tokens:
-                first_difference = outcome.sums.get("rollout_logprob_abs_diff", 0.0) / outcome.tokens
+            first = first or outcome
             tokens += outcome.tokens
-            rows += outcome.route_rows
-            differing += outcome.differing
             losses.append(outcome.loss)
             norms.append(outcome.grad_norm)
             lrs.append(outcome.lr)
     trained.optimizer_steps = len(losses)
     trained.metrics = {f"train/{name}": value / max(1, tokens) for name, value in sums.items()}
-    if algorithm.old_logprobs == "rollout" and first_difference is not None:
-        # Later mini-batches are under other weights than the samples: only the first is the engines' mismatch.
-        trained.metrics["train/rollout_logprob_abs_diff"] = first_difference
+    if algorithm.old_logprobs == "rollout" and first is not None:
+        # Later mini-batches are under other weights than the samples: only the first shows the engines' mismatch.
+        difference = first.sums.get("rollout_logprob_abs_diff", 0.0)
+        trained.metrics["train/rollout_logprob_abs_diff"] = difference / max(1, first.tokens)
+        if first.route_rows:
+            trained.metrics["moe/own_routes_differ_fraction"] = first.differing / first.route_rows
     trained.metrics |= {
         "train/loss": float(np.mean(losses)),
         "train/grad_norm": float(np.mean(norms)),
         "train/lr": lrs[-1],
         "train/optimizer_steps": float(run.trainer.steps),
     }
-    if rows:
-        trained.metrics["moe/own_routes_differ_fraction"] = differing / rows
     return trained
 
 

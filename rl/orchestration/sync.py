@@ -82,12 +82,12 @@ def one_step(state: Run) -> None:
     if usable := rewarded(samples):
         state.whole = False
         given = train_samples(usable)
-        old, reference = old_and_reference(state, given)
+        old, reference, route_metrics = old_and_reference(state, given)
         compared = compare_own_routes(state, given)
         given, advantage_metrics = with_advantages(usable, given, config, old, reference)
         with state.phase("train"):
             trained = train(state, usable, given)
-        trained_metrics = {**advantage_metrics, **compared, **trained.metrics}
+        trained_metrics = {**advantage_metrics, **route_metrics, **compared, **trained.metrics}
     with state.phase("weight_update"):
         state.update_engines()
     seconds = time.perf_counter() - started
