@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 SERIES_COUNT = 7
 # Placeholders that become CSS variables of the page.
@@ -44,6 +44,10 @@ _STYLE = {
     "legend.handlelength": 2.2,
     "legend.columnspacing": 1.3,
 }
+
+
+def _scientific(value: float, position: int | None = None) -> str:
+    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,9 @@ def line_chart(
         finite = [value for line in shown for _, value in line.points if math.isfinite(value)]
         if log_scale and finite and min(finite) > 0:
             axes.set_yscale("log")
+            # Within a decade the default labels minor ticks as "6 x 10^-7", which is cut off at the left edge.
+            for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                axis_formatter(FuncFormatter(_scientific))
         elif limits != (None, None):
             axes.set_ylim(bottom=limits[0], top=limits[1])
         _dress(axes, xlabel)

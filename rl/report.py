@@ -141,7 +141,7 @@ LINE_PANELS = (
         "Tokens whose own routes differ",
         "fraction of tokens",
         (_Line("moe/own_routes_differ_fraction", "differ from rollout"),),
-        "Tokens that training's own routers would send to other experts than rollout did, in at least one layer.",
+        "Share of (token, layer) that the trainer's routers, with the same weights, would send to other experts.",
         limits=(0, None),
     ),
     _LinePanel(
