@@ -8,13 +8,14 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_ultraep.layout import BatchLayout
+from megatron_ultraep.megatron import compat
 from megatron_ultraep.megatron.groups import ParallelLayout
 from rl.algorithms.losses import PolicyLossConfig
 from rl.models.architecture import Architecture, read_architecture
 from rl.models.builder import Recompute
 from rl.models.weights import export_weights
 from rl.training.batch import MiniBatch, TrainSample
-from rl.training.passes import PassSettings
+from rl.training.passes import PassSettings, RouteMode
 from rl.training.worker import OptimizerSpec, PolicyObjective, TrainerSpec, TrainWorker
 from rl.types import RouteRef
 
@@ -60,6 +61,11 @@ def make_layout(samples: list[TrainSample], layout: ParallelLayout, budget: int 
     )
 
 
+def megatron_version() -> str:
+    """Of the ranks, which may differ from what this process would import."""
+    return compat.version()
+
+
 LOSS = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.01, importance_cap=2.0, clip_high=0.28)
 
 
@@ -79,21 +85,28 @@ def make_worker(directory: str, layout: dict[str, Any], **spec: Any) -> TrainWor
 
 
 def one_step(
-    directory: str, layout: dict[str, Any], *, routes: str = "replay", step: bool = False, **spec: Any
+    directory: str,
+    layout: dict[str, Any],
+    *,
+    routes: RouteMode = "replay",
+    replay: bool = True,
+    budget: int = 64,
+    **spec: Any,
 ) -> dict:
-    """Loss, gradients (or weights after a step) in logical order and route digests, as this rank sees them."""
+    """Loss, gradients in logical order and route digests of one mini-batch, as this rank sees them.
+
+    Without ``replay`` the routers are Megatron's own: no handles of ours in them.
+    """
     worker = make_worker(directory, layout, **spec)
-    arch = read_architecture(directory)
-    samples = make_samples(arch)
-    batch = MiniBatch.make(samples, make_layout(samples, worker.spec.layout)).part(worker.groups.coordinates["dp"])
-    objective = PolicyObjective(LOSS, PassSettings(temperature=0.7, with_entropy=True, chunk_tokens=16), routes)  # type: ignore[arg-type]
-    if step:
-        result = worker.train(batch, 0, objective)
-        loss, sums, report = result.loss, result.sums, result.routes
-    else:
-        loss, sums, report = worker.gradients(batch, 0, objective)
-    source = "parameter" if step else "main_grad"
-    tensors = {name: t.double().numpy().copy() for name, t in export_weights(worker.actor, source=source)}
+    if not replay and worker.replay is not None:
+        worker.replay.detach()
+        worker.runners["actor"].replay = None
+    samples = make_samples(read_architecture(directory))
+    whole = MiniBatch.make(samples, make_layout(samples, worker.spec.layout, budget))
+    batch = whole.part(worker.groups.coordinates["dp"])
+    objective = PolicyObjective(LOSS, PassSettings(temperature=0.7, with_entropy=True, chunk_tokens=16), routes)
+    loss, sums, report = worker.gradients(batch, 0, objective)
+    tensors = {name: t.double().cpu().numpy().copy() for name, t in export_weights(worker.actor, source="main_grad")}
     return {"loss": loss, "sums": sums, "tensors": tensors, "digests": report.digests, "differing": report.differing}
 
 

@@ -1,5 +1,6 @@
 """A run that is saved and loaded goes on as if nothing had happened, under the same and under another layout."""
 
+import psutil
 import pytest
 
 from rl.models import tiny
@@ -27,6 +28,8 @@ def train(directory, layout, steps, *, save=None, load=None, distributed=True):
         lrs.append(result.lr)
         if save and step == save[0]:
             checkpoint.save(worker, save[1])
+            # A rank that is killed must not leave a process of Megatron's behind.
+            assert not psutil.Process().children(), psutil.Process().children()
     return {n: t.numpy().copy() for n, t in export_weights(worker.actor)}, lrs
 
 
