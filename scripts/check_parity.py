@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.dont_write_bytecode = True
+os.environ.setdefault("PYTHONWARNINGS", "ignore")  # Megatron's, once per rank and model
 
 from tests.ranks import RankPools  # noqa: E402
 from tests.rl.training.common import megatron_version, merge, one_step, worst  # noqa: E402
@@ -60,6 +60,7 @@ CASES = (
     Case("EP 2, recompute layernorm", 2, {"ep": 2}, {"recompute": ("selective", ("layernorm",))}),
     Case("noise: stock EP 2", 2, {"ep": 2}, stock=True),
     Case("noise: stock PP 2 x EP 2", 4, {"pp": 2, "ep": 2}, stock=True),
+    Case("noise: stock TP 2 x EP 2", 2, {"tp": 2, "ep": 2}, stock=True),
     Case("noise: stock EP 1, packed differently", 1, {}, {"budget": 96}, stock=True),
 )
 
