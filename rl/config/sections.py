@@ -35,7 +35,6 @@ class Limits(Section):
     engine_start_s: Seconds = Field(600.0, description="Seconds until a rollout engine is up, imports included.")
     actor_start_s: Seconds = Field(300.0, description="Seconds until a trainer rank is up, imports included.")
     generate_s: Seconds = Field(900.0, description="Seconds for one rollout iteration's (or evaluation's) generation.")
-    reward_s: Seconds = Field(300.0, description="Seconds for all rewards of one rollout iteration.")
     train_step_s: Seconds = Field(900.0, description="Seconds for one training call on all ranks.")
     weight_update_s: Seconds = Field(300.0, description="Seconds to send new weights to all engines.")
     checkpoint_s: Seconds = Field(600.0, description="Seconds to write or read one checkpoint.")
@@ -277,6 +276,9 @@ class LoggingSection(Section):
     )
     wandb_project: str = Field("megatron-ultraep", description="Project name at Weights & Biases.")
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
+    traces_every: int = Field(
+        0, ge=0, description="Iterations between routing traces saved in `traces/` of the run directory; 0: none."
+    )
     progress: bool = Field(True, description="Progress bar, or one line per step when not on a terminal.")
 
     @model_validator(mode="before")

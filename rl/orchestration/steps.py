@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
+import ray
 
+from megatron_ultraep.replay import RoutingTrace, TraceSample
 from rl.ledger import StepRecord
 from rl.orchestration.setup import Run
 from rl.training.batch import TrainSample
@@ -139,6 +141,36 @@ def record(
         )
     )
     run.metrics.log(run.step, metrics)
+
+
+def save_trace(run: Run, samples: Sequence[Sample]) -> None:
+    """Every so often, write the routes of an iteration's samples to a file; see ``megatron_ultraep.replay.trace``.
+
+    The one place where rows of routes come to the driver, since it is the one that writes the file.
+    """
+    every = run.config.logging.traces_every
+    routed = [s for s in samples if s.routes is not None]
+    if not every or run.step % every or not routed:
+        return
+    arrays = ray.get([s.routes.handle for s in routed if s.routes], timeout=run.config.run.limits.generate_s)
+    path = run.directory / "traces" / f"step_{run.step + 1:05d}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    RoutingTrace(
+        experts=run.arch.experts,
+        moe_layers=len(run.arch.moe_layers),
+        topk=run.arch.topk,
+        samples=tuple(
+            TraceSample(s.sample_id, array, s.prompt_length, _row_spans(s))
+            for s, array in zip(routed, arrays, strict=True)
+        ),
+        model=asdict(run.arch),
+    ).save(path)
+
+
+def _row_spans(sample: Sample) -> tuple[tuple[int, int], ...]:
+    """Weight versions by row instead of by response token: row P-1+i was computed with response token i."""
+    first, *later = sample.weight_versions
+    return ((0, first[1]), *((sample.prompt_length - 1 + token, version) for token, version in later))
 
 
 def short_digest(layers: np.ndarray) -> str:

@@ -14,7 +14,7 @@ from rl.evaluation import eval_files, judge, read_eval, summarize
 from rl.orchestration.evaluate import evaluate
 from rl.orchestration.experience import generate, rewarded, rollout_metrics, train_samples, with_advantages
 from rl.orchestration.setup import Run, open_run
-from rl.orchestration.steps import Trained, compare_own_routes, old_and_reference, record, train
+from rl.orchestration.steps import Trained, compare_own_routes, old_and_reference, record, save_trace, train
 from rl.orchestration.warmup import warm_up
 from rl.progress import Progress
 from rl.report import write_report
@@ -78,6 +78,7 @@ def one_step(state: Run) -> None:
         samples = generate(state.pool, prompts, config.data.samples_per_prompt, state.sampling, config.run.seed)
     with state.phase("reward"):
         samples = state.reward.score(samples)
+    save_trace(state, samples)
     trained, trained_metrics = Trained(), {}
     if usable := rewarded(samples):
         state.whole = False

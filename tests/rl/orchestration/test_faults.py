@@ -1,4 +1,4 @@
-"""Killed at random points and resumed, a run takes every prompt of the epoch exactly once, and leaves nothing behind."""
+"""Killed at random points and resumed, a run takes every prompt exactly once, and leaves nothing behind."""
 
 import random
 import signal

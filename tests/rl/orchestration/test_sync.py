@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from megatron_ultraep.replay import RoutingTrace, layer_digests
 from rl.evaluation import eval_files, read_eval
 from rl.ledger import Ledger
 from rl.metrics import read_metrics
@@ -27,7 +28,7 @@ def finished(tmp_path_factory):
         algorithm__importance={"truncation": 2.0},
         algorithm__routes={"compare_own_every": 1},
         warmup={"steps": 3, "batch_size": 8, "examples_seed": 50000},
-        logging={"wandb": "offline", "tensorboard": True},
+        logging={"wandb": "offline", "tensorboard": True, "traces_every": 5},
         trainer__recompute="full",
     )
     command = Command(config)
@@ -77,9 +78,32 @@ def test_files(finished):
     assert len(read_metrics(finished, "warmup_step")) == 3
 
 
+def test_traces_hold_the_routes_that_were_trained_on(finished):
+    paths = sorted((finished / "traces").iterdir())
+    assert [p.name for p in paths] == ["step_00001.safetensors", "step_00006.safetensors"]
+    digests = {}
+    for line in ledger_lines(finished):
+        digests |= line["route_digests"]
+    for path in paths:
+        trace = RoutingTrace.load(path)
+        assert (trace.experts, trace.moe_layers, trace.topk) == (8, 2, 2)
+        for entry in trace.samples:
+            assert short_digest(layer_digests(entry.routes)) == digests[entry.sample_id]
+
+
 def sample(digests):
     prompt = Prompt("train/0/0", 0, 0, "", np.zeros(2, np.int32))
-    return Sample("train/0/0/0", prompt, np.zeros(1, np.int32), np.zeros(1, np.float32), ((0, 0),), "stop", None, None, digests)  # fmt: skip
+    return Sample(
+        sample_id="train/0/0/0",
+        prompt=prompt,
+        response_tokens=np.zeros(1, np.int32),
+        rollout_logprobs=np.zeros(1, np.float32),
+        weight_versions=((0, 0),),
+        finish_reason="stop",
+        routes=None,
+        histogram=None,
+        route_digests=digests,
+    )
 
 
 def test_other_routes_than_captured_are_an_error_that_names_sample_and_layer():
