@@ -146,6 +146,9 @@ class RoutingReplay:
             routes: signed integers ``[len(self.moe_layers), rows, topk]`` in the order of :attr:`moe_layers`, for the
                 rows that this rank's routers see. ``-1`` asks the router.
             used: rows before the padding, all by default.
+
+        Raises:
+            ReplayError: another shape, rows that are neither distinct experts nor -1 throughout, or a key set before.
         """
         tensor = torch.as_tensor(routes)
         if tensor.dim() != 3 or tensor.shape[0] != len(self.moe_layers):
@@ -153,12 +156,27 @@ class RoutingReplay:
                 f"{key}: expected routes [{len(self.moe_layers)} MoE layers of this rank, rows, topk], "
                 f"got {tuple(tensor.shape)}"
             )
+        if tensor.device.type == "cpu" and self._routers:
+            self._check_experts(key, tensor)
         device = next(self._routers[0].parameters()).device if self._routers else tensor.device
         tensor = tensor.to(device, non_blocking=True)
         for index, moe_layer in enumerate(self.moe_layers):
             if (key, moe_layer) in self._entries:
                 raise ReplayError(f"{key}, MoE layer {moe_layer}: routes are set already")
             self._entries[key, moe_layer] = _Entry(tensor[index], tensor.shape[1] if used is None else used)
+
+    def _check_experts(self, key: MicroBatchKey, routes: torch.Tensor) -> None:
+        """Later they would end in a dispatcher, or in a kernel of the device, without a name."""
+        experts = int(self._routers[0].config.num_moe_experts)
+        ordered = routes.sort(-1).values
+        wrong = (ordered[..., 1:] == ordered[..., :-1]).any(-1) | (ordered[..., 0] < 0) | (ordered[..., -1] >= experts)
+        wrong &= ~(routes == -1).all(-1)
+        if wrong.any():
+            layer, row = wrong.nonzero()[0].tolist()
+            raise ReplayError(
+                f"{key}, MoE layer {self.moe_layers[layer]}: expected distinct experts in 0..{experts - 1} in each "
+                f"row, or -1 throughout, got {routes[layer, row].tolist()} in row {row} ({int(wrong.sum())} rows in all)"
+            )
 
     def entry(self, key: MicroBatchKey, moe_layer: int) -> _Entry | None:
         found = self._entries.get((key, moe_layer))

@@ -112,10 +112,6 @@ class PassRunner:
         mine = batch.layout.micro_batches[self.model.groups.coordinates["dp"]]
         keys = [MicroBatchKey(self.model.name, pass_, step, i) for i in range(len(mine))]
         replaying = self.replay is not None and routes == "replay"
-        if replaying:
-            self._set_routes(keys, mine, batch)
-        elif self.replay is not None:
-            self.replay.let_routers_choose(self.model.name, pass_)
 
         def micro_batches() -> Iterator[tuple[MicroBatchKey, MicroBatch]]:
             yield from zip(keys, mine, strict=True)
@@ -138,6 +134,10 @@ class PassRunner:
 
         chunks = self.model.run_chunks()
         try:
+            if replaying:
+                self._set_routes(keys, mine, batch)
+            elif self.replay is not None:
+                self.replay.let_routers_choose(self.model.name, pass_)
             with torch.set_grad_enabled(not forward_only):
                 kept = self._schedule(
                     forward_step_func=forward_step,

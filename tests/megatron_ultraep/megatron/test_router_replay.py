@@ -171,6 +171,12 @@ def test_consuming_twice_is_recomputation(ranks):
     assert all(0 < n < ROWS for n in differing.values())
 
 
+def changed(row):
+    given = routes()
+    given[1, 3] = row
+    return given
+
+
 def fail(how):
     case = Case()
     key = KEYS[0]
@@ -202,12 +208,11 @@ def fail(how):
         case.replay.set(key, routes())
         case.replay.set(key, routes())
     elif how == "duplicate":
-        given = routes()
-        given[1, 3] = 5
-        case.replay.set(key, given)
-        for layer in range(LAYERS):
-            case.run(key, layer)
-        case.replay.finish(key)
+        case.replay.set(key, changed([5, 5]))
+    elif how == "range":
+        case.replay.set(key, changed([0, EXPERTS]))
+    elif how == "partly":
+        case.replay.set(key, changed([-1, 3]))
     elif how == "routed otherwise":
         case.replay.set(key, np.full_like(routes(), -1))
         for layer in range(LAYERS):
@@ -233,7 +238,12 @@ def fail(how):
         ("topk", r"MoE layer 0: the router has 6 rows and top-2, the routes are \(6, 1\)"),
         ("layers", r"expected routes \[3 MoE layers of this rank, rows, topk\], got \(2, 6, 2\)"),
         ("twice", "MoE layer 0: routes are set already"),
-        ("duplicate", "MoE layer 1: 1 rows of the router's output do not have 2 distinct experts"),
+        (
+            "duplicate",
+            r"MoE layer 1: expected distinct experts in 0..7 in each row, .* got \[5, 5\] in row 3 \(1 ",
+        ),
+        ("range", r"micro-batch 0, MoE layer 1: .* got \[0, 8\] in row 3"),
+        ("partly", r"micro-batch 0, MoE layer 1: .* got \[-1, 3\] in row 3"),
         ("routed otherwise", r"MoE layer 2: \d rows .* or recomputation routed them otherwise than the forward"),
         ("not kept", "MoE layer 0: no router output was kept"),
     ],
