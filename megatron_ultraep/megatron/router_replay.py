@@ -175,7 +175,7 @@ class RoutingReplay:
             layer, row = wrong.nonzero()[0].tolist()
             raise ReplayError(
                 f"{key}, MoE layer {self.moe_layers[layer]}: expected distinct experts in 0..{experts - 1} in each "
-                f"row, or -1 throughout, got {routes[layer, row].tolist()} in row {row} ({int(wrong.sum())} rows in all)"
+                f"row, or -1 throughout, got {routes[layer, row].tolist()} in row {row} ({int(wrong.sum())} such rows)"
             )
 
     def entry(self, key: MicroBatchKey, moe_layer: int) -> _Entry | None:
