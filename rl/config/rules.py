@@ -230,6 +230,12 @@ def _machine(config: RunConfig) -> Iterator[Violation]:
             f"float64 trains on CPU only (trainer.backend: gloo), came {config.trainer.backend}; change one of them.",
             ("trainer.backend",),
         )
+    if config.rollout.device == "cpu" and config.engine_dtype == "bfloat16" and not config.allow_untested:
+        yield Violation(
+            "rollout.dtype",
+            "bfloat16 engines on CPUs are not tested; set it (or model.dtype) to float32, or allow_untested: true.",
+            ("model.dtype", "rollout.device"),
+        )
     needed = config.trainer.ranks + config.rollout.engines * config.rollout.tensor_parallel
     if config.ray.address is not None:
         for name in ("num_cpus", "temp_dir"):

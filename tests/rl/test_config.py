@@ -324,5 +324,8 @@ def test_every_rule_is_broken_by_some_case_above():
 
 def test_float64_engines_run_in_float32():
     assert from_dict(changed(("model.dtype", "float64"))).engine_dtype == "float32"
-    assert from_dict(changed(("model.dtype", "bfloat16"))).engine_dtype == "bfloat16"
+    untested = changed(("model.dtype", "bfloat16"), ("allow_untested", True))
+    assert from_dict(untested).engine_dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="bfloat16 engines on CPUs are not tested"):
+        from_dict(changed(("model.dtype", "bfloat16")))
     assert from_dict(changed(("model.dtype", "bfloat16"), ("rollout.dtype", "float32"))).engine_dtype == "float32"

@@ -79,3 +79,16 @@ def assert_same(got, expected, bar):
     assert abs(got["loss"] - expected["loss"]) <= bar * max(1, abs(expected["loss"]))
     assert worst(got["tensors"], expected["tensors"]) <= bar
     assert all(np.abs(g).max() > 0 for g in got["tensors"].values())
+
+
+@pytest.mark.parametrize("layout", ["ep2", "pp2", "tp2xep2"])
+def test_bfloat16_is_as_close_to_float32_as_on_one_rank(ranks, directory, stock, layout):
+    def error(got):
+        exact = stock["float32"]["tensors"]
+        return max(float(np.linalg.norm(got["tensors"][n] - g) / np.linalg.norm(g)) for n, g in exact.items())
+
+    world, parallel, _ = LAYOUTS[layout]
+    one = merge(ranks(1).run(one_step, directory, {}, dtype="bfloat16", distributed_optimizer=False))
+    got = merge(ranks(world).run(one_step, directory, parallel, dtype="bfloat16", distributed_optimizer=False))
+    assert 1e-3 < error(one) < 0.2
+    assert error(got) <= 1.5 * error(one)
