@@ -112,16 +112,15 @@ def finish(state: Run) -> int:
         summarize(step, [s.reward for s in state.reward.score(read_eval(path))], state.config.evaluation.correct_from)
         for step, path in eval_files(state.directory).items()
     ]
+    by_step = {result.step: result for result in results}
     missed = False
-    for judgement, result in zip(
-        judge(results, success.before_max, success.after_min),
-        [r for r in (results[:1] + results[-1:]) if r],
-        strict=False,
-    ):
+    for judgement in judge(results, success.before_max, success.after_min):
         missed |= not judgement.met
+        result = by_step.get(judgement.step)
+        came = f"{result.accuracy:.1%} of {result.count}" if result else "not measured"
         print(
-            f"held-out accuracy after step {judgement.step}: {result.accuracy:.1%} of {result.count}, wanted "
-            f"{judgement.wanted}: {'met' if judgement.met else 'MISSED'}"
+            f"held-out accuracy after step {judgement.step}: {came}, wanted {judgement.wanted}: "
+            f"{'met' if judgement.met else 'MISSED'}"
         )
     state.ledger.finish("thresholds" if missed else "finished")
     return THRESHOLDS_MISSED if missed else FINISHED
