@@ -50,8 +50,19 @@ def run(config: RunConfig, resume: Path | None = None) -> int:
                 evaluate(state)
             return finish(state)
     finally:
-        if (config.output_dir / "run.json").is_file():
-            print(f"report: {write_report(config.output_dir)}")
+        _report(config.output_dir)
+
+
+def _report(directory: Path) -> None:
+    """The report of whatever there is; its failure must not hide how the run ended."""
+    if not (directory / "run.json").is_file():
+        return
+    try:
+        print(f"report: {write_report(directory)}")
+    except Exception as error:
+        print(
+            f"no report could be written ({type(error).__name__}: {error}); ultraep-rl report {directory} tries again"
+        )
 
 
 def begin(state: Run) -> None:

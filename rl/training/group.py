@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ from rl.training.passes import PassSettings, RouteMode, RouteReport, RouteSlice
 from rl.training.worker import Objective, TrainerSpec
 
 _BUCKET_BYTES = 64 << 20
+_PEERS_S = 5.0  # for the death of a rank to be known after its peers have failed
 
 
 class TrainerDied(RuntimeError):
@@ -64,7 +65,11 @@ class RoutesOfEngines:
         calls = {e: self.engines[e].slice_routes.remote([requests[i] for i in mine]) for e, mine in by_engine.items()}
         out: list[np.ndarray] = [np.zeros(0)] * len(requests)
         for engine, mine in by_engine.items():
-            for i, part in zip(mine, ray.get(calls[engine], timeout=self.timeout_s), strict=True):
+            try:
+                parts = ray.get(calls[engine], timeout=self.timeout_s)
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+                raise RuntimeError(f"engine {engine} did not hand over routes: {type(error).__name__}") from error
+            for i, part in zip(mine, parts, strict=True):
                 out[i] = part
         return out
 
@@ -338,8 +343,21 @@ class Trainer:
             except ray.exceptions.RayActorError as error:
                 raise TrainerDied(f"trainer rank {rank} died while it was at {what}: {error}") from error
             except ray.exceptions.RayTaskError as error:
+                self._name_the_dead(waiting, rank_of, what)
                 raise TrainerDied(f"trainer rank {rank} failed at {what}: {error}") from error
         return [results[rank] for rank in range(len(calls))]
+
+    @staticmethod
+    def _name_the_dead(waiting: Sequence[Any], rank_of: Mapping[Any, int], what: str) -> None:
+        """A rank that failed may only have lost its peer: a peer that died is the cause to name."""
+        done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=_PEERS_S) if waiting else ([], [])
+        for call in done:
+            try:
+                ray.get(call)
+            except ray.exceptions.RayActorError as error:
+                raise TrainerDied(f"trainer rank {rank_of[call]} died while it was at {what}: {error}") from error
+            except ray.exceptions.RayTaskError:
+                continue
 
 
 def trainer_environment(backend: str) -> dict[str, str]:
