@@ -6,6 +6,7 @@ line is in the ledger; only then may its checkpoint appear, so a resumed run tak
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def begin(state: Run) -> None:
     state.update_engines()
     if state.config.keeps_reference:
         reference = state.directory / "checkpoints" / "reference"
-        reference.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(reference, ignore_errors=True)  # of a begin that was broken off
+        reference.mkdir(parents=True)
         state.trainer.save_reference(reference)
     if state.config.evaluation.at_start:
         evaluate(state)
