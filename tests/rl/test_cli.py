@@ -104,7 +104,7 @@ def test_untested_versions(run, monkeypatch):
     result = run("train", "c.yaml")
     assert result.exit_code == 2
     assert "--allow-untested" in result.stderr
-    assert run("train", "c.yaml", "rollout.device=cuda").stderr.count("torch (cuda) is odd") == 1
+    assert run("train", "c.yaml", "trainer.backend=nccl").stderr.count("torch (cuda) is odd") == 1
     result = run("train", "c.yaml", "--allow-untested")
     assert result.exit_code == 0
     assert "warning: untested versions: torch (cpu) is odd." in result.stderr

@@ -50,7 +50,7 @@ def test_place_counts_what_actors_ask_for():
     placed = placement.place(config)
     assert (placed.data_parallel, placed.expert_data_parallel, placed.ray_cpus, placed.ray_gpus) == (1, 2, 6, 0)
     assert placed.to_dict()["ranks"][1]["tp"] == 1
-    on_gpu = from_dict(changed(("rollout.device", "cuda"), ("trainer.backend", "nccl")))
+    on_gpu = from_dict(changed(("rollout.device", "cuda"), ("trainer.backend", "nccl"), ("allow_untested", True)))
     assert placement.place(on_gpu).ray_gpus == 2
 
 
