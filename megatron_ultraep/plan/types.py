@@ -17,6 +17,12 @@ import numpy.typing as npt
 from megatron_ultraep.layout import ExpertLayout
 
 Array = npt.NDArray[np.int64]
+
+# Times are added and multiplied by tokens in int64; these limits (4 ms a token, a minute a replica) leave room.
+_MOST_TOKEN_PS = 4 * 10**9
+_MOST_REPLICA_PS = 60 * 10**12
+_MOST_FIXED_PS = 60 * 10**12
+
 Outcome = Literal["balanced", "within_tolerance", "gain_below_cost", "no_replica_possible", "empty"]
 
 
@@ -29,12 +35,29 @@ class Costs:
         copy_ps_per_kib: time to move 1 KiB from rank to rank inside a node (ps).
         replica_bytes: bytes that one replica moves: weights in forward, weights again in backward, gradients home.
         fixed_ps: time that a layer pays once when it has any replica at all (launches, synchronisation; ps).
+
+    Raises:
+        ValueError: costs that are no integers, are negative, or are too large for 64-bit arithmetic.
     """
 
     token_ps: int
     copy_ps_per_kib: int
     replica_bytes: int
     fixed_ps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("token_ps", "copy_ps_per_kib", "replica_bytes", "fixed_ps"):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"Costs.{name} must be an integer >= 0, got {value!r}: round times to whole ps")
+            object.__setattr__(self, name, int(value))
+        for name, value, most in (
+            ("token_ps", self.token_ps, _MOST_TOKEN_PS),
+            ("replica_ps", self.replica_ps, _MOST_REPLICA_PS),
+            ("fixed_ps", self.fixed_ps, _MOST_FIXED_PS),
+        ):
+            if value > most:
+                raise ValueError(f"Costs.{name} must be at most {most} ps, got {value}: check the unit")
 
     @property
     def replica_ps(self) -> int:
@@ -50,11 +73,20 @@ class PlanSettings:
         min_tokens: fewest tokens of a replica, >= 1; holds for every replica of every plan.
         tolerance_ppm: how far above the mean of its node the busiest rank may stay (parts per million).
         costs: the gate; None balances always.
+
+    Raises:
+        ValueError: when a field is out of range.
     """
 
     min_tokens: int = 1024
     tolerance_ppm: int = 10_000
     costs: Costs | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_tokens < 2**31:
+            raise ValueError(f"min_tokens must be 1 to 2**31 - 1 tokens, got {self.min_tokens}")
+        if not 0 <= self.tolerance_ppm <= 1_000_000:
+            raise ValueError(f"tolerance_ppm must be 0 to 1000000 parts per million, got {self.tolerance_ppm}")
 
 
 @dataclass(frozen=True)
@@ -63,10 +95,12 @@ class NodeDecision:
 
     Attributes:
         outcome: ``balanced``: replicas were made. ``within_tolerance``: nothing to do. ``gain_below_cost``: the gate
-            kept it unbalanced. ``no_replica_possible``: no slot, or no replica would reach the floor. ``empty``: no tokens.
+            kept it unbalanced. ``no_replica_possible``: no slot, or no replica of the floor that would help.
+            ``empty``: no tokens.
         before, after: tokens of the busiest rank of the node.
         bound: ``ceil(tokens of the node / ranks of the node)``, below which no plan can go.
-        saved_ps, cost_ps: time saved and time paid as the gate saw them (0 without costs).
+        saved_ps, cost_ps: time saved and time paid as the gate saw them, of the best replicas it could have had
+            (0 without costs).
     """
 
     outcome: Outcome
@@ -102,23 +136,24 @@ class Plan:
         """int64 ``[P]``: the logical expert of each physical one, -1 for an empty slot."""
         layout = self.layout
         homes = np.asarray(layout.expert_at, dtype=np.int64).reshape(layout.ranks, layout.experts_per_rank)
-        return np.concatenate([homes, self.replica_expert], axis=1).ravel()
+        experts: Array = np.concatenate([homes, self.replica_expert], axis=1).ravel()
+        return experts
 
     @cached_property
     def copies(self) -> Array:
         """int64 ``[E, C]``: physical ids of each expert's copies, home first, then by rank; padded with -1."""
         layout = self.layout
         width = layout.experts_per_rank + layout.slots
-        found: list[list[int]] = [[] for _ in range(layout.experts)]
-        for expert in range(layout.experts):
-            place = layout.home_slot[expert] % layout.experts_per_rank
-            found[expert].append(layout.home_rank(expert) * width + place)
-        for rank, slot in zip(*np.nonzero(self.replica_expert >= 0), strict=True):
-            physical = int(rank) * width + layout.experts_per_rank + int(slot)
-            found[int(self.replica_expert[rank, slot])].append(physical)
-        out = np.full((layout.experts, max(map(len, found))), -1, dtype=np.int64)
-        for expert, ids in enumerate(found):
-            out[expert, : len(ids)] = ids
+        home_slot = np.asarray(layout.home_slot, dtype=np.int64)
+        home = home_slot // layout.experts_per_rank * width + home_slot % layout.experts_per_rank
+        rank, slot = np.nonzero(self.replica_expert >= 0)
+        expert = self.replica_expert[rank, slot]
+        order = np.argsort(expert, kind="stable")  # by expert; ranks ascend already
+        expert, physical = expert[order], (rank * width + layout.experts_per_rank + slot)[order]
+        column: Array = np.arange(len(expert)) - np.searchsorted(expert, expert) + 1
+        out: Array = np.full((layout.experts, 1 + int(column.max(initial=0))), -1, dtype=np.int64)
+        out[:, 0] = home
+        out[expert, column] = physical
         return out
 
     def until(self, source: int) -> Array:
@@ -128,7 +163,8 @@ class Plan:
         ``i < until[e, c]``; the last column is the source's load of the expert.
         """
         quota = np.where(self.copies >= 0, self.quota[source][self.copies], 0)
-        return np.cumsum(quota, axis=1)
+        sums: Array = np.cumsum(quota, axis=1)
+        return sums
 
     @cached_property
     def loads(self) -> Array:
@@ -141,18 +177,21 @@ class Plan:
     @cached_property
     def physical_tokens(self) -> Array:
         """int64 ``[P]``: tokens that each physical expert computes."""
-        return self.quota.sum(axis=0)
+        tokens: Array = self.quota.sum(axis=0)
+        return tokens
 
     @cached_property
     def before(self) -> Array:
         """int64 ``[G]``: tokens that each rank would compute without replicas."""
         total = self.loads.sum(axis=0)
-        return total[np.asarray(self.layout.expert_at)].reshape(self.layout.ranks, -1).sum(axis=1)
+        tokens: Array = total[np.asarray(self.layout.expert_at)].reshape(self.layout.ranks, -1).sum(axis=1)
+        return tokens
 
     @cached_property
     def after(self) -> Array:
         """int64 ``[G]``: tokens that each rank computes."""
-        return self.physical_tokens.reshape(self.layout.ranks, -1).sum(axis=1)
+        tokens: Array = self.physical_tokens.reshape(self.layout.ranks, -1).sum(axis=1)
+        return tokens
 
     @cached_property
     def replicas(self) -> tuple[tuple[int, int, int], ...]:

@@ -1,0 +1,113 @@
+"""Exact loads in, the plan of one micro-batch of one layer out: quotas first, replicas as few as they take.
+
+Each node is planned by itself: replicas never leave it. Targets and policies are tried in a fixed order
+(:mod:`megatron_ultraep.plan.search`), and the best plan is kept:
+
+- with a gate (``PlanSettings.costs``) the one of the shortest makespan, in integers::
+
+      token_ps * tokens of the busiest rank
+      + (fixed_ps + replica_ps * most replicas that one rank sends or receives, where there is a replica)
+
+  and none at all where that is no longer than it is without replicas;
+- without a gate the one of the fewest replicas within the tolerance or, where none reaches it, the lowest found.
+
+Invariants, whatever the loads:
+
+1. Every token of (source rank, expert) goes to one copy of that expert: quotas conserve the loads exactly.
+2. Every replica takes at least ``min_tokens`` tokens.
+3. A replica lies in a slot of another rank of its home's node; no rank holds an expert twice.
+4. No rank computes more tokens than the busiest rank of its node did without replicas.
+5. The same arguments give the same bits, on any rank and any machine.
+
+Source: the quota-driven planner of UltraEP, with a floor that always holds, a gate, and a search that needs fewer
+replicas (docs/notes/planner.md).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from megatron_ultraep.layout import ExpertLayout
+from megatron_ultraep.plan import search
+from megatron_ultraep.plan.types import Array, NodeDecision, Outcome, Plan, PlanSettings
+
+_OUTCOMES: dict[int, Outcome] = {
+    search.BALANCED: "balanced",
+    search.WITHIN_TOLERANCE: "within_tolerance",
+    search.GAIN_BELOW_COST: "gain_below_cost",
+    search.NO_REPLICA_POSSIBLE: "no_replica_possible",
+    search.EMPTY: "empty",
+}
+
+
+def solve(loads: Array, layout: ExpertLayout, settings: PlanSettings | None = None) -> Plan:
+    """The plan for exact loads.
+
+    Args:
+        loads: int64 ``[G, E]``: tokens that each source rank routes to each logical expert; kept unchanged.
+        layout: homes, nodes and slots.
+        settings: how to search; the defaults of :class:`PlanSettings` when None.
+
+    Raises:
+        ValueError: loads that are no int64 ``[G, E]`` array, are negative, or are too many for 64-bit arithmetic.
+    """
+    settings = settings or PlanSettings()
+    check_shape(loads, layout)
+    valid, replica_expert, quota, decisions = search.compiled()(
+        np.ascontiguousarray(loads),
+        _expert_at(layout),
+        layout.ranks,
+        layout.node_size,
+        layout.slots,
+        settings.min_tokens,
+        settings.tolerance_ppm,
+        _costs(settings),
+    )
+    if valid != search.VALID:
+        raise ValueError(_complaint(loads, valid))
+    return Plan(
+        layout,
+        replica_expert,
+        quota,
+        tuple(NodeDecision(_OUTCOMES[outcome], *numbers) for outcome, *numbers in decisions.tolist()),
+    )
+
+
+def check_shape(loads: Array, layout: ExpertLayout) -> None:
+    """Refuse what is no int64 ``[G, E]`` array."""
+    if not isinstance(loads, np.ndarray):
+        raise ValueError(f"expected loads as a numpy array, got {type(loads).__name__}: convert it on the CPU first")
+    if loads.dtype != np.int64:
+        raise ValueError(f"expected int64 loads, which are exact, got {loads.dtype}: convert with .astype(np.int64)")
+    if loads.shape != (layout.ranks, layout.experts):
+        raise ValueError(
+            f"expected loads of shape [ranks, experts] = [{layout.ranks}, {layout.experts}], got {list(loads.shape)}: "
+            "gather the loads of all expert-parallel ranks, in logical order, or pass the layout they were gathered for"
+        )
+
+
+def _complaint(loads: Array, valid: int) -> str:
+    if valid == search.NEGATIVE:
+        source, expert = np.argwhere(loads < 0)[0]
+        return (
+            f"expected loads >= 0, got {loads[source, expert]} from source rank {source} for expert {expert}: "
+            "count routed tokens"
+        )
+    return (
+        f"expected at most {search.MOST_TOKENS} tokens over all ranks, got loads up to {loads.max()}: check that loads "
+        "are tokens of one micro-batch of one layer"
+    )
+
+
+@lru_cache(maxsize=64)
+def _expert_at(layout: ExpertLayout) -> Array:
+    return np.asarray(layout.expert_at, dtype=np.int64)
+
+
+def _costs(settings: PlanSettings) -> Array:
+    costs = settings.costs
+    if costs is None:
+        return np.zeros(4, dtype=np.int64)
+    return np.array([1, costs.token_ps, costs.replica_ps, costs.fixed_ps], dtype=np.int64)
