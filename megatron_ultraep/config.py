@@ -82,8 +82,10 @@ class BalanceConfig:
         problems = []
         if self.slots < 1:
             problems.append(f"slots must be >= 1, got {self.slots}: use enabled=False for no balancing")
-        if self.node_size < 0:
-            problems.append(f"node_size must be >= 0 ranks, got {self.node_size}")
+        if self.node_size < 0 or self.node_size == 1:
+            problems.append(
+                f"node_size must be 0 (the whole group) or >= 2 ranks, got {self.node_size}: replicas never leave a node"
+            )
         if self.min_tokens < 1:
             problems.append(f"min_tokens must be >= 1 token, got {self.min_tokens}")
         if not 0 <= self.tolerance <= 1:

@@ -66,6 +66,22 @@ def layer_spec(*, moe: bool, experts: int | None, qk_layernorm: bool, transforme
     )
 
 
+def moe_layer(config: Any, groups: Any, *, transformer_engine: bool, layer_number: int = 1) -> Any:
+    """A stock MoE layer alone, as a transformer layer would build it."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.transformer.spec_utils import build_module
+
+    spec = get_moe_module_spec(
+        use_te=transformer_engine, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+    )
+    if isinstance(spec, functools.partial):  # from 0.18 on
+        layer = spec(config=config, pg_collection=groups)
+    else:
+        layer = build_module(spec, config=config, pg_collection=groups)
+    layer.set_layer_number(layer_number)
+    return layer
+
+
 def block_spec(layer_specs: Sequence[Any], final_norm: Any) -> Any:
     """Spec of the layers of one model chunk and of the norm after the last layer of the model."""
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -97,6 +113,19 @@ def moe_layer_class() -> type[torch.nn.Module]:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     return MoELayer
+
+
+def sequential_mlp_class() -> type[torch.nn.Module]:
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    return SequentialMLP
+
+
+def grouped_mlp_class() -> type[torch.nn.Module] | None:
+    """Experts in one grouped GEMM; None where Megatron does not define them (0.16 without Transformer Engine)."""
+    from megatron.core.transformer.moe import experts
+
+    return getattr(experts, "TEGroupedMLP", None)
 
 
 def process_group_collection(**groups: Any) -> Any:

@@ -1,0 +1,348 @@
+"""Balancing of stock Megatron-core MoE layers, built by anyone, before or after DistributedDataParallel.
+
+    balancer = attach(model, BalanceConfig(slots=2))
+    ...train...
+    detach(model)
+
+What changes in a layer: its class becomes a subclass that overrides two stages, and its dispatcher is replaced by the
+same dispatcher over physical experts. Nothing of Megatron is patched; its modules keep their parameters.
+
+| stage | stock | balanced |
+|---|---|---|
+| ``route`` | logical probs and map; auxiliary losses, expert bias | the same code |
+| ``preprocess`` | dispatcher's preprocess | gather loads, plan, reroute; then the same code over physical experts |
+| ``dispatch``, ``combine``, ``postprocess``, shared experts | | the same code |
+| ``routed_experts_compute`` | experts | the same between: weights into slots, experts over homes and slots |
+"""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_ultraep import plan as planners
+from megatron_ultraep.config import BalanceConfig
+from megatron_ultraep.layout import ExpertLayout, MicroBatchKey
+from megatron_ultraep.megatron import compat, microbatch
+from megatron_ultraep.megatron.dispatcher import physical_dispatcher
+from megatron_ultraep.megatron.experts import PhysicalExperts
+from megatron_ultraep.megatron.support import Unsupported, check_version, refusals
+from megatron_ultraep.plan.types import Costs, Plan, PlanSettings
+from megatron_ultraep.runtime.layer import LayerBalancer
+from megatron_ultraep.runtime.measure import measure_costs
+from megatron_ultraep.runtime.slots import ExpertShape, SlotPool
+from megatron_ultraep.runtime.transport import CollectiveTransport, Transport
+from megatron_ultraep.telemetry.metrics import StepMetrics
+from megatron_ultraep.telemetry.recorder import Recorder
+
+log = logging.getLogger(__name__)
+
+_ATTRIBUTE = "_ultraep"
+_STAGES = {
+    "preprocess": ["self", "hidden_states", "probs", "routing_map"],
+    "routed_experts_compute": ["self", "hidden_states", "probs"],
+}
+
+
+class _BalancedStages:
+    """The two stages that change; mixed into the class of a layer by :func:`_balanced_class`."""
+
+    def preprocess(self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor) -> Any:
+        balancer: LayerBalancer = getattr(self, _ATTRIBUTE).balancer
+        return super().preprocess(hidden_states, *balancer.route(probs, routing_map))  # type: ignore[misc]
+
+    def routed_experts_compute(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        balancer: LayerBalancer = getattr(self, _ATTRIBUTE).balancer
+        dispatcher: Any = self.token_dispatcher  # type: ignore[attr-defined]
+        inputs = dispatcher.dispatch_postprocess(hidden_states, probs)
+        return dispatcher.combine_preprocess(balancer.compute(*inputs)), None
+
+
+_classes: dict[type, type] = {}
+
+
+def _balanced_class(stock: type) -> type:
+    if stock not in _classes:
+        _classes[stock] = type(f"Balanced{stock.__name__}", (_BalancedStages, stock), {"__module__": __name__})
+    return _classes[stock]
+
+
+class _Attached:
+    """What a balanced layer carries, and what gives it back as it was."""
+
+    def __init__(self, owner: Balancer, balancer: LayerBalancer, stock_class: type, stock_dispatcher: Any) -> None:
+        self.owner = owner
+        self.balancer = balancer
+        self.stock_class = stock_class
+        self.stock_dispatcher = stock_dispatcher
+
+
+class Balancer:
+    """Balances the MoE layers of one model on this rank. Made by :func:`attach` or :func:`make_balancer`.
+
+    Attributes:
+        config: what it was made with.
+        transport: of this rank's expert-parallel group; None on a rank without MoE layers.
+        costs: what the gate weighs; None while nothing was measured, and without a gate.
+        replicas: replicas made since the start, over the whole expert-parallel group.
+    """
+
+    def __init__(self, config: BalanceConfig, transport: Transport | None, name: str) -> None:
+        self.config = config
+        self.transport = transport
+        self.costs: Costs | None = None
+        self.replicas = 0
+        self._name = name
+        self._layers: list[torch.nn.Module] = []
+        self._pools: dict[ExpertShape, SlotPool] = {}
+        self._metrics = StepMetrics()
+        self._recorder: Recorder | None = None
+        self._unnamed: dict[int, int] = {}
+        if config.record and transport is not None and transport.rank == 0:
+            self._recorder = Recorder(config.record, max_mib=config.record_mib, name=name, meta={})
+            atexit.register(self.close)
+        # Recomputed layers must find the key of the forward that saved them, or records count them twice.
+        microbatch.install()
+
+    def adopt(self, layer: Any, *, home_slot: tuple[int, ...] = ()) -> None:
+        """Balance one stock MoE layer; no communication except where the gate measures.
+
+        Args:
+            layer: a Megatron-core ``MoELayer`` on this balancer's expert-parallel group.
+            home_slot: where experts live, a permutation; as Megatron has them by default.
+
+        Raises:
+            Unsupported: a layer that cannot be balanced, with what to change.
+        """
+        if hasattr(layer, _ATTRIBUTE):
+            raise Unsupported(f"{_name(layer)}: it is balanced already; detach the model first")
+        _check_target()
+        reasons = refusals(layer)
+        if reasons:
+            raise Unsupported(f"{_name(layer)} cannot be balanced: " + "; ".join(reasons))
+        assert self.transport is not None
+        layout = self._layout(layer, home_slot)
+        experts = PhysicalExperts(layer.experts, layout.slots)
+        pool = self._pools.get(experts.shape)
+        if pool is None:
+            pool = self._pools[experts.shape] = SlotPool(experts.shape, layout.slots, staging=layout.slots)
+        if self.config.gate and self.costs is None:
+            self.costs = self._measure(experts, pool, layout)
+        settings = PlanSettings(self.config.min_tokens, self.config.tolerance_ppm, self.costs)
+
+        def solve(loads: np.ndarray, layout: ExpertLayout) -> Plan:
+            return planners.solve(loads, layout, settings)
+
+        balancer = LayerBalancer(
+            layout, layer.config.moe_router_topk, experts, pool, self.transport, solve, self._observer(layer)
+        )
+        stock = layer.token_dispatcher
+        attached = _Attached(self, balancer, type(layer), stock)
+        layer.token_dispatcher = physical_dispatcher(stock, layout, self.transport.rank)
+        object.__setattr__(layer, _ATTRIBUTE, attached)
+        layer.__class__ = _balanced_class(type(layer))
+        self._layers.append(layer)
+
+    def _layout(self, layer: Any, home_slot: tuple[int, ...]) -> ExpertLayout:
+        assert self.transport is not None
+        try:
+            return ExpertLayout(
+                experts=layer.config.num_moe_experts,
+                ranks=self.transport.size,
+                home_slot=home_slot,
+                node_size=self.config.node_size,
+                slots=self.config.slots,
+            )
+        except ValueError as error:
+            raise Unsupported(f"{_name(layer)} cannot be balanced: {error}") from error
+
+    def _measure(self, experts: PhysicalExperts, pool: SlotPool, layout: ExpertLayout) -> Costs:
+        assert self.transport is not None
+        costs = measure_costs(
+            experts,
+            pool,
+            layout,
+            self.transport,
+            token_ns=self.config.token_ns,
+            copy_ns_per_mib=self.config.copy_ns_per_mib,
+        )
+        if self.transport.rank == 0:
+            log.info(
+                "balancing gate: a token takes %.3f us, a replica %.1f us (%d bytes)",
+                costs.token_ps / 1e6,
+                costs.replica_ps / 1e6,
+                costs.replica_bytes,
+            )
+        return costs
+
+    def _observer(self, layer: Any) -> Callable[[Plan], None]:
+        def observe(plan: Plan) -> None:
+            number = int(layer.layer_number or 0)
+            self.replicas += len(plan.replicas)
+            self._metrics.add(number, plan)
+            if self._recorder is not None:
+                self._recorder.record(self._key(number), number, plan)
+
+        return observe
+
+    def _key(self, layer: int) -> MicroBatchKey:
+        key = microbatch.current_key_or_none()
+        if key is not None:
+            return key
+        # A job that names no micro-batches: they are numbered as they come, recomputation included.
+        count = self._unnamed.get(layer, 0)
+        self._unnamed[layer] = count + 1
+        return MicroBatchKey("model", "train", 0, count)
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the plans since the last call, e.g. ``moe/imbalance_before``; empty without any."""
+        return self._metrics.finish()
+
+    @property
+    def layers(self) -> tuple[torch.nn.Module, ...]:
+        """The balanced layers of this rank."""
+        return tuple(self._layers)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Device memory that slots take so far."""
+        return sum(pool.bytes for pool in self._pools.values())
+
+    def release(self) -> None:
+        """Give all layers back as they were, and close."""
+        for layer in self._layers:
+            attached: _Attached = getattr(layer, _ATTRIBUTE)
+            layer.__class__ = attached.stock_class
+            layer.token_dispatcher = attached.stock_dispatcher
+            object.__delattr__(layer, _ATTRIBUTE)
+        self._layers.clear()
+        self._pools.clear()
+        self.close()
+        if self.transport is not None:
+            self.transport.close()
+            self.transport = None
+
+    def close(self) -> None:
+        """Write what is left of the records. Layers stay balanced."""
+        if self._recorder is not None:
+            self._recorder.close()
+            self._recorder = None
+        atexit.unregister(self.close)
+
+
+def attach(
+    model: torch.nn.Module | Sequence[torch.nn.Module], config: BalanceConfig | None = None, *, timeout_s: float = 600.0
+) -> Balancer | None:
+    """Balance every MoE layer of a model.
+
+    Collective over all ranks of the world; every rank calls it with its part of the model, also one without MoE layers.
+
+    Args:
+        model: a model or the chunks of one, wrapped in DistributedDataParallel or not.
+        config: how to balance; the same on every rank.
+        timeout_s: limit of every wait of balancing's own communication (s).
+
+    Returns:
+        the balancer; None when ``config.enabled`` is False: then nothing was touched.
+
+    Raises:
+        Unsupported: on all ranks alike, when a layer of any rank cannot be balanced.
+    """
+    config = config or BalanceConfig()
+    if not config.enabled:
+        return None
+    layers = moe_layers(model)
+    groups = {tuple(dist.get_process_group_ranks(layer.ep_group)) for layer in layers}
+    mine = groups.pop() if len(groups) == 1 else ()
+    problem = f"MoE layers are on several expert-parallel groups: {sorted(groups | {mine})}" if groups else ""
+    if not problem:
+        problem = next((f"{_name(layer)}: {reason}" for layer in layers for reason in refusals(layer)), "")
+    balancer = make_balancer(config, mine, problem=problem, timeout_s=timeout_s)
+    try:
+        for layer in layers:
+            balancer.adopt(layer)
+    except BaseException:
+        balancer.release()
+        raise
+    return balancer
+
+
+def make_balancer(
+    config: BalanceConfig, ranks: Iterable[int], *, problem: str = "", timeout_s: float = 600.0
+) -> Balancer:
+    """A balancer without layers; they are adopted one by one. Collective over all ranks of the world.
+
+    Args:
+        config: how to balance; the same on every rank.
+        ranks: global ranks of this rank's expert-parallel group; none on a rank without MoE layers.
+        problem: why this rank cannot take part, if it cannot: then all ranks raise.
+        timeout_s: limit of every wait of balancing's own communication (s).
+
+    Raises:
+        Unsupported: when any rank has a problem, or none has an expert-parallel group; on all ranks alike.
+    """
+    warning = check_version(allow_untested=config.allow_untested)
+    if warning:
+        log.warning("%s", warning)
+    mine = tuple(ranks)
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (mine, problem, config))
+    first = next(((rank, said) for rank, (_, said, _) in enumerate(told) if said), None)
+    if first is not None:
+        raise Unsupported(f"the model cannot be balanced: {first[1]} (rank {first[0]})")
+    differs = next((rank for rank, (_, _, other) in enumerate(told) if _shared(other) != _shared(config)), None)
+    if differs is not None:
+        raise Unsupported(
+            f"ranks were given different settings: rank {dist.get_rank()} {config}, rank {differs} {told[differs][2]}"
+        )
+    groups = sorted({group for group, _, _ in told if group})
+    if not groups:
+        raise Unsupported("the model cannot be balanced: it has no MoE layer on any rank")
+    transport: Transport | None = None
+    for group in groups:  # every rank creates every group, in one order
+        made = dist.new_group(list(group), timeout=timedelta(seconds=timeout_s))
+        if group == mine:
+            transport = CollectiveTransport(made)
+    return Balancer(config, transport, name=f"ranks-{mine[0]}-{mine[-1]}" if mine else "none")
+
+
+def _shared(config: BalanceConfig) -> tuple[Any, ...]:
+    """The settings that all ranks must share."""
+    return (config.slots, config.node_size, config.min_tokens, config.tolerance_ppm, config.gate, config.transport)
+
+
+def detach(model: torch.nn.Module | Sequence[torch.nn.Module]) -> None:
+    """Give a balanced model back as it was; a model that is not balanced stays as it is. Collective like attach."""
+    owners = {id(a.owner): a.owner for layer in moe_layers(model) if (a := getattr(layer, _ATTRIBUTE, None))}
+    for owner in owners.values():
+        owner.release()
+
+
+def moe_layers(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[Any]:
+    """The MoE layers of a model's chunks, in order."""
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    return [m for chunk in chunks for m in chunk.modules() if isinstance(m, compat.moe_layer_class())]
+
+
+def _name(layer: Any) -> str:
+    return f"MoE layer {layer.layer_number}"
+
+
+def _check_target() -> None:
+    """The stages that a balanced layer overrides are what they were when this was written."""
+    stock = compat.moe_layer_class()
+    for name, expected in _STAGES.items():
+        found = list(inspect.signature(getattr(stock, name)).parameters)
+        if found != expected:
+            raise Unsupported(
+                f"MoELayer.{name} of Megatron-core {compat.version()} takes {found}, expected {expected}; tested "
+                f"versions: {', '.join(compat.TESTED_VERSIONS)}"
+            )

@@ -1,0 +1,88 @@
+"""The gate's constants, measured once on this machine and max-reduced, so that every rank has the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from megatron_ultraep.layout import ExpertLayout
+from megatron_ultraep.plan.types import Costs
+from megatron_ultraep.runtime.layer import Experts
+from megatron_ultraep.runtime.slots import SlotPool
+from megatron_ultraep.runtime.transport import Move, Transport
+
+_REPEATS = 5
+
+
+class _MeasuredExperts(Experts, Protocol):
+    """Experts that can be run on made-up tokens."""
+
+    def try_tokens(self, tokens: int) -> None:
+        """Forward and backward of one expert over this many tokens; leaves no gradient anywhere."""
+        ...
+
+
+def measure_costs(
+    experts: _MeasuredExperts,
+    pool: SlotPool,
+    layout: ExpertLayout,
+    transport: Transport,
+    *,
+    token_ns: int = 0,
+    copy_ns_per_mib: int = 0,
+) -> Costs:
+    """What a token costs in the experts, and what copying a replica costs.
+
+    Args:
+        experts: of one layer on this rank.
+        pool: its slots.
+        layout: homes and slots.
+        transport: of the group; all ranks measure together.
+        token_ns, copy_ns_per_mib: given constants; 0 measures.
+    """
+    element = torch.empty((), dtype=pool.shape.dtype).element_size()
+    # Weights in forward, again in backward; gradients at least as wide as weights, usually fp32, once.
+    replica_bytes = pool.shape.numel * (2 * element + max(4, element))
+    token_ps, copy_ps = token_ns * 1000, copy_ns_per_mib * 1000 // 1024
+    if not token_ps:
+        small, large = 256, 2048
+        seconds = [_best(lambda tokens=tokens: experts.try_tokens(tokens), pool) for tokens in (small, large)]
+        token_ps = max(1, round((seconds[1] - seconds[0]) / (large - small) * 1e12))
+    if not copy_ps:
+        # Every rank sends its first expert to the next rank of its node: all links busy, as in a real placement.
+        ring = [
+            Move(layout.experts_of(r)[0], r, 0, _next(r, layout.node_size), 0)
+            for r in range(layout.ranks)
+        ]  # fmt: skip
+        experts.before_reading()
+        seconds_copy = _best(lambda: transport.place(ring, experts.home_parameters.__getitem__, pool.weights), pool)
+        pool.holder = None
+        copy_ps = max(1, round(seconds_copy * 1e12 / (pool.shape.numel * element / 1024)))
+    mine = torch.tensor([token_ps, copy_ps], dtype=torch.int64, device=pool.shape.device)
+    largest = transport.gather_loads(mine).amax(0).tolist()
+    return Costs(token_ps=largest[0], copy_ps_per_kib=largest[1], replica_bytes=replica_bytes)
+
+
+def _next(rank: int, node_size: int) -> int:
+    first = rank // node_size * node_size
+    return first + (rank - first + 1) % node_size
+
+
+def _best(run: Callable[[], None], pool: SlotPool) -> float:
+    """Seconds of the fastest of a few runs, after one that warms up."""
+    times = []
+    for _ in range(_REPEATS + 1):
+        _synchronize(pool.shape.device)
+        started = time.perf_counter()
+        run()
+        _synchronize(pool.shape.device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
