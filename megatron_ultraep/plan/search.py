@@ -1,12 +1,13 @@
 """The compiled part of :func:`megatron_ultraep.plan.quota.solve`: integers in, integers out.
 
 A node's plan is the best of a fixed list of *attempts*. An attempt has a target (tokens that no rank of the node should
-exceed) and a policy (which overloaded rank exports next). It moves tokens of experts at home on ranks above the target
-to ranks below it:
+exceed) and a policy (in which order overloaded ranks export). It moves tokens from ranks above the target to ranks
+below it.
 
-1. The overloaded rank that the policy names exports from its expert with the most tokens left at home.
-2. It goes, whole, to the rank with the least slack that holds it; where none does, to the rank with the most slack,
-   as much as fits. Best fit spends the large slacks last, so few replicas suffice.
+1. Overloaded ranks export one after the other, from the hottest or from the coldest on (the policy), each from its
+   expert with the most tokens left at home.
+2. It goes to ranks below the target: as few as can hold what the rank must export and, of those, the ones with the
+   least slack, looked for among neighbours in the order of slack. For one rank that is best fit.
 3. A replica of fewer than ``min_tokens`` is never made: a smaller need is exceeded, a smaller slack is not used. One
    token of an expert stays at home.
 4. An overloaded rank that can export no more is left as it is, and the others go on: every attempt is a legal plan.
@@ -39,8 +40,8 @@ MOST_TOKENS = 2**30
 BALANCED, WITHIN_TOLERANCE, GAIN_BELOW_COST, NO_REPLICA_POSSIBLE, EMPTY = range(5)
 VALID, NEGATIVE, TOO_MANY = range(3)
 
-_MATCH_FIRST, _HOT_FIRST, _COLD_FIRST = range(3)
-_POLICIES = 3
+_HOT_FIRST, _COLD_FIRST = range(2)
+_POLICIES = 2
 _STEPS = 8  # targets of a ladder
 _MILLION = 1_000_000
 
@@ -62,52 +63,43 @@ def _largest_expert(rank: int, home_tokens: Array, expert_at: Array, experts_per
 
 
 @_jit
-def _receiver(tokens: int, min_tokens: int, slack: Array, free: Array) -> int:
-    """Rank with the least slack >= ``tokens``, else the one with the most, else -1; ties to the lower rank."""
-    best = -1
-    widest = -1
-    for rank in range(len(slack)):
-        if free[rank] == 0 or slack[rank] < min_tokens:
-            continue
-        if slack[rank] >= tokens and (best < 0 or slack[rank] < slack[best]):
-            best = rank
-        if widest < 0 or slack[rank] > slack[widest]:
-            widest = rank
-    return best if best >= 0 else widest
+def _receiver(need: int, slack: Array, receivers: Array) -> int:
+    """Where to begin in ``receivers`` (ranks by slack, descending): the tightest run of ranks that holds the need.
 
-
-@_jit
-def _next_in_order(policy: int, givers: Array, need: Array) -> int:
-    """The first rank with a need, from the hottest or from the coldest overloaded rank on; -1 for none."""
-    for i in range(len(givers)):
-        rank: int = givers[i] if policy == _HOT_FIRST else givers[len(givers) - 1 - i]
-        if need[rank] > 0:
-            return rank
-    return -1
-
-
-@_jit
-def _next_by_match(givers: Array, need: Array, most: Array, min_tokens: int, slack: Array, free: Array) -> int:
-    """The rank whose whole need fits some slack with the least to spare; where none does, the one in greatest need.
-
-    ``most``: int64 ``[D]``, the most that each rank can export as one replica.
+    As few ranks as can hold it, consecutive in the order, with the least slack in all. 0 where all do not suffice.
     """
-    best = -1
-    spare = MOST_TOKENS
-    neediest = -1
-    for giver in givers:
-        if need[giver] <= 0:
-            continue
-        if neediest < 0 or need[giver] > need[neediest]:
-            neediest = giver
-        tokens = max(need[giver], min_tokens)
-        if tokens > most[giver]:  # takes several experts
-            continue
-        for rank in range(len(slack)):
-            if free[rank] > 0 and slack[rank] >= tokens and slack[rank] - tokens < spare:
-                spare = slack[rank] - tokens
-                best = giver
-    return best if best >= 0 else neediest
+    width = 0
+    run = 0
+    while run < need:
+        if width == len(receivers):
+            return 0
+        run += slack[receivers[width]]
+        width += 1
+    best = 0
+    best_run = run
+    for first in range(1, len(receivers) - width + 1):
+        run += slack[receivers[first + width - 1]] - slack[receivers[first - 1]]
+        if run < need:
+            break
+        if run < best_run:
+            best = first
+            best_run = run
+    return best
+
+
+@_jit
+def _reorder(position: int, count: int, usable: bool, slack: Array, receivers: Array) -> int:
+    """Move the rank at a position back to where its slack, now smaller, belongs, or out; returns how many are left."""
+    rank = receivers[position]
+    while position + 1 < count and (
+        not usable
+        or slack[receivers[position + 1]] > slack[rank]
+        or (slack[receivers[position + 1]] == slack[rank] and receivers[position + 1] < rank)
+    ):
+        receivers[position] = receivers[position + 1]
+        position += 1
+    receivers[position] = rank
+    return count if usable else count - 1
 
 
 @_jit
@@ -115,7 +107,6 @@ def _attempt(
     tokens: Array,
     expert_at: Array,
     load: Array,
-    order: Array,
     slots: int,
     target: int,
     min_tokens: int,
@@ -128,7 +119,6 @@ def _attempt(
         tokens: int64 ``[D * L]``, tokens of the expert at each place.
         expert_at: int64 ``[D * L]``, its logical id.
         load: int64 ``[D]``, tokens of each rank.
-        order: int64 ``[D]``, ranks by load, descending.
         slots, target, min_tokens, policy: see the module.
         replicas: int64 ``[D * R, 3]``, written: place, rank and tokens of each replica.
 
@@ -139,43 +129,37 @@ def _attempt(
     experts_per_rank = len(tokens) // ranks
     home_tokens = tokens.copy()
     slack = target - load
-    free = np.full(ranks, slots, dtype=np.int64)
-    sent = np.zeros(ranks, dtype=np.int64)
-    need = np.maximum(-slack, 0)
-    givers = order[: np.sum(need > 0)]
-    most = np.zeros(ranks, dtype=np.int64)
-    for giver in givers:
-        most[giver] = home_tokens[_largest_expert(giver, home_tokens, expert_at, experts_per_rank)] - 1
-        if most[giver] < min_tokens:
-            need[giver] = 0
+    givers = np.argsort(slack, kind="mergesort")[: np.sum(slack < 0)]
+    if policy == _COLD_FIRST:
+        givers = givers[::-1]
+    room = int(np.sum(slack >= min_tokens)) if slots else 0
+    receivers = np.argsort(-slack, kind="mergesort")[:room]
+    received = np.zeros(ranks, dtype=np.int64)
     count = 0
-    for _ in range(ranks * slots):
-        if policy == _MATCH_FIRST:
-            giver = _next_by_match(givers, need, most, min_tokens, slack, free)
-        else:
-            giver = _next_in_order(policy, givers, need)
-        if giver < 0:
-            break
-        piece = max(min(need[giver], most[giver]), min_tokens)
-        rank = _receiver(piece, min_tokens, slack, free)
-        if rank < 0:
-            break
-        piece = min(piece, slack[rank])
-        place = _largest_expert(giver, home_tokens, expert_at, experts_per_rank)
-        replicas[count, 0] = place
-        replicas[count, 1] = rank
-        replicas[count, 2] = piece
-        count += 1
-        home_tokens[place] -= piece
-        slack[rank] -= piece
-        free[rank] -= 1
-        slack[giver] += piece
-        sent[giver] += 1
-        need[giver] -= piece
-        most[giver] = home_tokens[_largest_expert(giver, home_tokens, expert_at, experts_per_rank)] - 1
-        if most[giver] < min_tokens:
-            need[giver] = 0
-    return count, target - slack.min(), max(sent.max(), slots - free.min())
+    link = 0
+    for giver in givers:
+        sent = 0
+        while slack[giver] < 0 and room > 0:
+            place = _largest_expert(giver, home_tokens, expert_at, experts_per_rank)
+            if home_tokens[place] <= min_tokens:
+                break
+            need = max(-slack[giver], min_tokens)
+            position = _receiver(need, slack, receivers[:room])
+            rank = receivers[position]
+            piece = min(need, home_tokens[place] - 1, slack[rank])
+            replicas[count, 0] = place
+            replicas[count, 1] = rank
+            replicas[count, 2] = piece
+            count += 1
+            sent += 1
+            received[rank] += 1
+            link = max(link, sent, received[rank])
+            home_tokens[place] -= piece
+            slack[giver] += piece
+            slack[rank] -= piece
+            usable = bool(received[rank] < slots and slack[rank] >= min_tokens)
+            room = _reorder(position, room, usable, slack, receivers)
+    return count, target - slack.min(), link
 
 
 @_jit
@@ -215,7 +199,6 @@ def _balance(
     if before <= tolerated:
         return chosen[:0]
 
-    order = np.argsort(-load, kind="mergesort")
     unbalanced = token_ps * before
     best_count = 0
     best_peak = before
@@ -232,9 +215,7 @@ def _balance(
             # replicas than a lower one that is missed.
             target = tolerated + (top - tolerated) * (step + 1) // _STEPS if ladder else tolerated
             for policy in range(_POLICIES):
-                count, peak, link = _attempt(
-                    tokens, expert_at, load, order, slots, target, min_tokens, policy, candidate
-                )
+                count, peak, link = _attempt(tokens, expert_at, load, slots, target, min_tokens, policy, candidate)
                 lowest = min(lowest, peak)
                 if peak >= before:
                     continue
