@@ -8,9 +8,10 @@ below it.
    expert with the most tokens left at home.
 2. It goes to ranks below the target: as few as can hold what the rank must export and, of those, the ones with the
    least slack, looked for among neighbours in the order of slack. For one rank that is best fit.
-3. A replica of fewer than ``min_tokens`` is never made: a smaller need is exceeded, a smaller slack is not used. One
+3. Where no slot below the target is left, a rank that has exported before exports more and takes a replica in exchange.
+4. A replica of fewer than ``min_tokens`` is never made: a smaller need is exceeded, a smaller slack is not used. One
    token of an expert stays at home.
-4. An overloaded rank that can export no more is left as it is, and the others go on: every attempt is a legal plan.
+5. An overloaded rank that can export no more is left as it is, and the others go on: every attempt is a legal plan.
 
 Attempts do not depend on each other, nor on costs: a GPU may run them side by side. Among equals the earlier one wins,
 and inside an attempt the lower id, so the order of the list is part of the result.
@@ -103,15 +104,38 @@ def _reorder(position: int, count: int, usable: bool, slack: Array, receivers: A
 
 
 @_jit
-def _attempt(
-    tokens: Array,
-    expert_at: Array,
-    load: Array,
-    slots: int,
-    target: int,
-    min_tokens: int,
-    policy: int,
+def _relay(
+    place: int,
+    tokens: int,
     replicas: Array,
+    slack: Array,
+    received: Array,
+    slots: int,
+    home_tokens: Array,
+    min_tokens: int,
+) -> int:
+    """The replica that can grow the most, so that its home takes a replica of ``place`` in exchange; -1 for none.
+
+    Slots below the target are used up, but slack is left in some of those ranks. A rank above the target that has
+    exported to one of them has slots of its own: it exports more, and takes as much in.
+    """
+    experts_per_rank = len(home_tokens) // len(slack)
+    best = -1
+    best_tokens = min_tokens - 1
+    for i in range(len(replicas)):
+        home = replicas[i, 0] // experts_per_rank
+        more = min(tokens, slack[replicas[i, 1]], home_tokens[replicas[i, 0]] - 1)
+        if more <= best_tokens or received[home] == slots or home == place // experts_per_rank:
+            continue
+        if not np.any((replicas[:, 0] == place) & (replicas[:, 1] == home)):
+            best = i
+            best_tokens = more
+    return best
+
+
+@_jit
+def _attempt(
+    tokens: Array, expert_at: Array, load: Array, slots: int, target: int, min_tokens: int, policy: int, replicas: Array
 ) -> tuple[int, int, int]:
     """One plan of a node.
 
@@ -139,14 +163,26 @@ def _attempt(
     link = 0
     for giver in givers:
         sent = 0
-        while slack[giver] < 0 and room > 0:
+        while slack[giver] < 0:
             place = _largest_expert(giver, home_tokens, expert_at, experts_per_rank)
             if home_tokens[place] <= min_tokens:
                 break
-            need = max(-slack[giver], min_tokens)
-            position = _receiver(need, slack, receivers[:room])
-            rank = receivers[position]
-            piece = min(need, home_tokens[place] - 1, slack[rank])
+            piece = min(max(-slack[giver], min_tokens), home_tokens[place] - 1)
+            if room > 0:
+                position = _receiver(max(-slack[giver], min_tokens), slack, receivers[:room])
+                rank = receivers[position]
+                piece = min(piece, slack[rank])
+            else:
+                relay = _relay(place, piece, replicas[:count], slack, received, slots, home_tokens, min_tokens)
+                if relay < 0:
+                    break
+                position = -1
+                rank = replicas[relay, 0] // experts_per_rank
+                piece = min(piece, slack[replicas[relay, 1]], home_tokens[replicas[relay, 0]] - 1)
+                replicas[relay, 2] += piece
+                home_tokens[replicas[relay, 0]] -= piece
+                slack[replicas[relay, 1]] -= piece
+                slack[rank] += piece
             replicas[count, 0] = place
             replicas[count, 1] = rank
             replicas[count, 2] = piece
@@ -157,8 +193,9 @@ def _attempt(
             home_tokens[place] -= piece
             slack[giver] += piece
             slack[rank] -= piece
-            usable = bool(received[rank] < slots and slack[rank] >= min_tokens)
-            room = _reorder(position, room, usable, slack, receivers)
+            if position >= 0:
+                usable = bool(received[rank] < slots and slack[rank] >= min_tokens)
+                room = _reorder(position, room, usable, slack, receivers)
     return count, target - slack.min(), link
 
 
