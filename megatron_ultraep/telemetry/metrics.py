@@ -8,6 +8,7 @@ With ``G`` ranks, tokens of rank r before balancing ``b_r`` and after it ``a_r``
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import numpy as np
@@ -105,3 +106,17 @@ class StepMetrics:
             out[f"moe/skipped/{reason}"] = self._outcomes.get(reason, 0) / decisions if decisions else 0.0
         self._reset()
         return out
+
+
+def merge_groups(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of several expert-parallel groups or pipeline stages as one: ``.../max`` by the largest, others by mean.
+
+    Args:
+        parts: what :meth:`StepMetrics.finish` gave on one rank of each group.
+    """
+    names = sorted({name for part in parts for name in part})
+    out = {}
+    for name in names:
+        values = [part[name] for part in parts if name in part]
+        out[name] = float(max(values) if name.endswith("/max") else np.mean(values))
+    return out

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_QUEUED = 4096
 _REMEMBERED = 1 << 16
+_HELD_SECONDS = 0.5e-3
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Recorder:
         max_mib: int,
         name: str,
         meta: Mapping[str, Any] | None = None,
-        queue_mib: int = 64,
+        queue_mib: int = 256,
         write_seconds: float = 60.0,
     ):
         if max_mib < 1 or queue_mib < 1:
@@ -170,6 +171,7 @@ class Recorder:
             )
 
     def _run(self) -> None:
+        woken = time.monotonic()
         while True:
             try:
                 item = self._queue.get(timeout=self._write_seconds)
@@ -185,8 +187,10 @@ class Recorder:
             self._take(*item)
             if time.monotonic() - self._written > self._write_seconds:
                 self._write()
-            # Gives up the interpreter lock after every plan: the training thread waits for one at most.
-            time.sleep(0)
+            if time.monotonic() - woken > _HELD_SECONDS:
+                # Gives up the interpreter lock, which the training thread may wait for.
+                time.sleep(0)
+                woken = time.monotonic()
 
     def _take(self, key: MicroBatchKey, layer: int, plan: Plan) -> None:
         if (key, layer) in self._seen:

@@ -90,12 +90,11 @@ class Records:
 
     def __init__(
         self,
-        sources: Iterable[Block | Path],
-        masks: Iterable[npt.NDArray[np.bool_] | None] | None = None,
+        sources: Iterable[Path],
+        masks: Iterable[npt.NDArray[np.bool_]],
         warnings: Iterable[str] = (),
     ):
-        self._sources = tuple(sources)
-        self._masks = tuple(masks) if masks is not None else (None,) * len(self._sources)
+        self._sources, self._masks = tuple(sources), tuple(masks)
         self._warnings = dict.fromkeys(warnings)
         self.meta: dict[str, dict[str, Any]] = {}
         self._counts: dict[str, dict[str, dict[str, int]]] = {}
@@ -112,7 +111,7 @@ class Records:
         """Columns, chunk by chunk in the order of recording; of records stored more than once, only the last."""
         for source, mask in zip(self._sources, self._masks, strict=True):
             try:
-                block = source if isinstance(source, Block) else Block.read(source)
+                block = Block.read(source)
             except (ValueError, OSError) as error:
                 self._warn(error)
                 continue
@@ -120,7 +119,7 @@ class Records:
             for session, values in block.counts.items():
                 # Cumulative: a later chunk of a session counts all that earlier ones did.
                 self._counts.setdefault(block.group, {})[session] = dict(values)
-            if mask is not None and not mask.all():
+            if not mask.all():
                 block = block.select(mask)
             if len(block):
                 yield block
@@ -129,6 +128,21 @@ class Records:
         for block in self.blocks():
             for index in range(len(block)):
                 yield record(block, index)
+
+    def __len__(self) -> int:
+        """Records, as far as known: of a chunk that was not read yet, damage inside it is not."""
+        return sum(int(mask.sum()) for mask in self._masks)
+
+    def evenly(self, most: int) -> Iterator[LoadRecord]:
+        """At most ``most`` records, evenly spaced in the order of recording, the first and the last among them."""
+        total = len(self)
+        wanted = set(np.linspace(0, total - 1, min(most, total)).round().astype(int).tolist())
+        first = 0
+        for block in self.blocks():
+            for index in range(len(block)):
+                if first + index in wanted:
+                    yield record(block, index)
+            first += len(block)
 
     def _warn(self, error: Exception) -> None:
         text = f"left out load records that cannot be read: {error}"

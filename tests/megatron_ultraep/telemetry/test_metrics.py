@@ -3,7 +3,7 @@ import pytest
 
 from megatron_ultraep.layout import ExpertLayout
 from megatron_ultraep.plan.types import imbalance
-from megatron_ultraep.telemetry.metrics import METRICS, REASONS, StepMetrics, max_vio, rank_tokens
+from megatron_ultraep.telemetry.metrics import METRICS, REASONS, StepMetrics, max_vio, merge_groups, rank_tokens
 from tests.megatron_ultraep.telemetry.plans import make_plan
 
 
@@ -63,3 +63,9 @@ def test_rank_tokens_agrees_with_the_plan():
     assert before.tolist() == plan.before.tolist()
     assert after.tolist() == plan.after.tolist()
     assert tokens.tolist() == plan.loads.sum(axis=0).tolist()
+
+
+def test_groups_are_merged_by_largest_and_mean():
+    parts = [{"moe/replicas/max": 3.0, "moe/max_vio": 1.0}, {"moe/replicas/max": 5.0, "moe/max_vio": 2.0, "moe/x": 4.0}]
+    assert merge_groups(parts) == {"moe/replicas/max": 5.0, "moe/max_vio": 1.5, "moe/x": 4.0}
+    assert merge_groups([]) == {}
