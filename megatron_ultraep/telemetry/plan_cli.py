@@ -250,6 +250,7 @@ def _results(options: argparse.Namespace) -> Iterator[Result]:
     if not options.ep:
         raise ValueError(f"--ep: expected numbers of expert-parallel ranks, since {options.input} is a routing trace")
     layouts = _layouts(options, source.experts, [], [0], DEFAULT_SLOTS)
+    notes: set[str] = set()
     for result, note in trace_results(
         source,
         layouts,
@@ -258,7 +259,9 @@ def _results(options: argparse.Namespace) -> Iterator[Result]:
         tokens_per_micro_batch=options.tokens_per_microbatch,
         most_plans=options.most_plans,
     ):
-        print(note)
+        if note not in notes:  # layouts of one size split the trace alike
+            print(note)
+            notes.add(note)
         yield result
 
 

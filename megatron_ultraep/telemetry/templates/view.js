@@ -115,7 +115,7 @@ function drawHeat(series) {
   const values = shared.flat().filter((v) => v != null);
   const low = QUANTITIES[quantity][1], high = Math.max(low + 0.05, values.reduce((a, b) => Math.max(a, b), -Infinity));
   const left = 62, bottom = 40, w = width("heat") - left - 4, rows = layers.length;
-  const cell = Math.max(4, Math.min(22, Math.floor(440 / rows))), h = Math.max(cell * rows, 22);
+  const cell = Math.max(4, Math.min(22, Math.floor(440 / rows))), h = Math.max(cell * rows, 36);
   const canvas = make("canvas", { width: bins.length, height: rows, tabindex: 0, role: "img", style: `left:${left}px;top:0;width:${w}px;height:${h}px`,
     "aria-label": `${QUANTITIES[quantity][0]} by layer and ${data.axis}. Arrow keys move, Enter opens a micro-batch.` });
   const image = canvas.getContext("2d").createImageData(bins.length, rows);
@@ -258,7 +258,7 @@ function drawLegend(colour) {
 function drawRanks(record, colour) {
   const { layout, homeOf, before, after } = loads(record), ranks = layout.ranks;
   const left = 58, right = 10, h = 190, strip = record.replicas.length ? 74 : 0, head = 24, foot = 22;
-  const slotWidth = Math.min(90, Math.max(7, (width("detail") - left - right) / ranks)), w = Math.max(width("detail") - 2, left + right + ranks * slotWidth);
+  const slotWidth = Math.min(150, Math.max(7, (width("detail") - left - right) / ranks)), w = Math.max(width("detail") - 2, left + right + ranks * slotWidth);
   const bar = slotWidth * 0.82, high = Math.max(1, ...totals(before), ...totals(after));
   const x = (rank) => left + rank * slotWidth, end = x(ranks);
   const mean = sum(record.tokens) / ranks;

@@ -76,6 +76,43 @@ def test_drill_down_renders(tmp_path):
     assert "replicas were made" in body
 
 
+KEYS_AND_SELECTS = """<script>
+const press = (key) => document.querySelector("#heat canvas").dispatchEvent(new KeyboardEvent("keydown", { key }));
+const choose = (id, value) => { $(id).value = value; $(id).dispatchEvent(new Event("change")); };
+choose("quantity", "replicas");
+document.querySelector("#heat canvas").dispatchEvent(new Event("focus"));
+press("ArrowDown"); press("ArrowRight"); press("ArrowRight"); press("Enter");
+document.body.dataset.afterKeys = $("detail-facts").textContent;
+choose("choice", "sample"); choose("layer", "0");
+const listed = [...$("record").options].map((option) => option.textContent);
+const ofLayer = listed.filter((text) => text.includes("layer 0")).length;
+document.body.dataset.afterSelects = `${listed.length}, ${ofLayer} of layer 0`;
+$("next").click();
+document.body.dataset.afterNext = $("record").selectedIndex;
+choose("pass", "1");
+document.body.dataset.afterPass = $("detail-facts").textContent;
+</script>"""
+
+
+@needs_chromium
+def test_keys_and_selects_reach_everything(tmp_path):
+    with Recorder(tmp_path / "run", max_mib=1, name="a") as r:
+        for step in range(4):
+            for layer in range(3):
+                for pass_ in ("train", "eval"):
+                    r.record(key(step, pass_=pass_), layer, make_plan(seed=step * 3 + layer))
+    write_page(tmp_path / "run", "--out", tmp_path / "x.html")
+    page = (tmp_path / "x.html").read_text()
+    (tmp_path / "y.html").write_text(page.replace("</body>", KEYS_AND_SELECTS + "</body>"))
+    _, document, console = dump(tmp_path / "y.html", tmp_path)
+    assert console == []
+    said = dict(re.findall(r'data-after-(\w+)="([^"]*)"', document))
+    assert said["keys"].startswith("actor / train, step 2, micro-batch 0, layer 1")
+    assert said["selects"] == "4, 4 of layer 0"
+    assert said["next"] == "1"
+    assert said["pass"].startswith("actor / eval")
+
+
 ODD = {
     "one rank without slots, one step": (ExpertLayout(4, 1), {"steps": 1}),
     "no tokens": (ExpertLayout(8, 4, slots=1), {"tokens": 0}),
