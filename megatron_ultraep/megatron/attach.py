@@ -106,6 +106,7 @@ class Balancer:
         self._metrics = StepMetrics()
         self._recorder: Recorder | None = None
         self._unnamed: dict[int, int] = {}
+        self._counted: set[tuple[MicroBatchKey, int]] = set()
         if config.record and transport is not None and transport.rank == 0:
             self._recorder = Recorder(config.record, max_mib=config.record_mib, name=name, meta={})
             atexit.register(self.close)
@@ -186,10 +187,14 @@ class Balancer:
     def _observer(self, layer: Any) -> Callable[[Plan], None]:
         def observe(plan: Plan) -> None:
             number = int(layer.layer_number or 0)
+            key = self._key(number)
+            if (key, number) in self._counted:
+                return  # recomputation
+            self._counted.add((key, number))
             self.replicas += len(plan.replicas)
             self._metrics.add(number, plan)
             if self._recorder is not None:
-                self._recorder.record(self._key(number), number, plan)
+                self._recorder.record(key, number, plan)
 
         return observe
 
@@ -204,6 +209,7 @@ class Balancer:
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the plans since the last call, e.g. ``moe/imbalance_before``; empty without any."""
+        self._counted.clear()
         return self._metrics.finish()
 
     @property

@@ -157,15 +157,25 @@ def packed_seq_params(cu_seqlens: torch.Tensor, max_seqlen: int) -> Any:
 
 
 def distributed_data_parallel(
-    config: Any, chunks: Sequence[torch.nn.Module], groups: Any, *, distributed_optimizer: bool, grad_dtype_fp32: bool
+    config: Any,
+    chunks: Sequence[torch.nn.Module],
+    groups: Any,
+    *,
+    distributed_optimizer: bool,
+    grad_dtype_fp32: bool,
+    overlap: bool = False,
 ) -> list[torch.nn.Module]:
-    """Wrap model chunks in Megatron's DistributedDataParallel, weights broadcast from the first replica."""
+    """Wrap model chunks in Megatron's DistributedDataParallel, weights broadcast from the first replica.
+
+    With ``overlap``, gradients are reduced bucket by bucket while backward runs, and the distributed optimizer gathers
+    parameters while forward runs; ``config`` is told how to hold reduction back until the last micro-batch.
+    """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=distributed_optimizer,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and distributed_optimizer,
         grad_reduce_in_fp32=grad_dtype_fp32,
         average_in_collective=False,
         check_for_nan_in_grad=False,
@@ -176,7 +186,18 @@ def distributed_data_parallel(
     ]
     for chunk in wrapped:
         chunk.broadcast_params()
+    if overlap:
+        held = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = held if len(held) > 1 else held[0]
     return wrapped
+
+
+def synchronize_parameters(chunks: Sequence[torch.nn.Module]) -> None:
+    """Finish gathering parameters that forward would otherwise wait for layer by layer; before reading weights."""
+    for chunk in chunks:
+        if getattr(chunk, "use_forward_hook", False):
+            chunk.disable_forward_pre_hook(param_sync=True)
+            chunk.enable_forward_pre_hook()
 
 
 def optimizer(chunks: Sequence[torch.nn.Module], groups: Any, **kwargs: Any) -> Any:

@@ -201,6 +201,36 @@ def _layout(config: RunConfig) -> Iterator[Violation]:
         )
 
 
+def _balance(config: RunConfig) -> Iterator[Violation]:
+    if not config.balance.enabled:
+        return
+    try:
+        config.balance.settings(config.output_dir)
+    except ValueError as error:
+        yield Violation("balance", f"{str(error).removeprefix('BalanceConfig: ')}.")
+        return
+    parallel = config.trainer.parallel
+    if parallel.ep < 2:
+        yield Violation(
+            "balance.enabled",
+            f"expected false because trainer.parallel.ep = {parallel.ep} leaves nothing to balance, came true; "
+            "raise ep or remove it.",
+            ("trainer.parallel.ep",),
+        )
+    if parallel.etp > 1:
+        yield Violation(
+            "balance.enabled",
+            f"expected false because trainer.parallel.etp = {parallel.etp} cuts experts, came true; set etp to 1.",
+            ("trainer.parallel.etp",),
+        )
+    if config.balance.node_size and parallel.ep % config.balance.node_size:
+        yield Violation(
+            "balance.node_size",
+            f"expected a divisor of trainer.parallel.ep = {parallel.ep}, came {config.balance.node_size}; change one.",
+            ("trainer.parallel.ep",),
+        )
+
+
 def _recompute(config: RunConfig) -> Iterator[Violation]:
     modules, mode = config.trainer.recompute_modules, config.trainer.recompute
     if mode == "selective" and not modules:
@@ -408,6 +438,7 @@ RULES: tuple[Rule, ...] = (
     _sampling,
     _lengths,
     _layout,
+    _balance,
     _recompute,
     _machine,
     _optimizer,

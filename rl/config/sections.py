@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from megatron_ultraep.config import BalanceConfig, option_help
+
 ConfigPath = Annotated[Path, Field(strict=False)]
 """A path; relative ones are relative to the directory the command was started in."""
 
@@ -176,6 +178,37 @@ class TrainerSection(Section):
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="Adam and its schedule.")
 
 
+class BalanceSection(Section):
+    """Balancing of experts in the trainer (UltraEP); the fields are those of ``megatron_ultraep.BalanceConfig``."""
+
+    enabled: bool = Field(False, description="Balance experts in every micro-batch of every MoE layer.")
+    slots: int = Field(2, description=option_help("slots"))
+    node_size: int = Field(0, description=option_help("node_size"))
+    min_tokens: int = Field(1024, description=option_help("min_tokens"))
+    tolerance: float = Field(0.01, description=option_help("tolerance"))
+    gate: bool = Field(True, description=option_help("gate"))
+    token_ns: int = Field(0, description=option_help("token_ns"))
+    copy_ns_per_mib: int = Field(0, description=option_help("copy_ns_per_mib"))
+    transport: Literal["auto", "collective"] = Field("auto", description=option_help("transport"))
+    record: bool = Field(
+        True, description="Write load records to the directory `balance` of the run; see ultraep-view."
+    )
+    record_mib: int = Field(256, description=option_help("record_mib"))
+
+    def settings(self, run: Path, *, allow_untested: bool = False) -> BalanceConfig:
+        """What the trainer's ranks are given.
+
+        Args:
+            run: directory of the run.
+            allow_untested: go on with versions that were not tested.
+
+        Raises:
+            ValueError: fields out of range, or that contradict each other.
+        """
+        record = str((run / "balance").absolute()) if self.record and self.enabled else ""
+        return BalanceConfig(**self.model_dump() | {"record": record, "allow_untested": allow_untested})
+
+
 class KLSection(Section):
     """KL to the reference model (the weights before the first step)."""
 
@@ -311,6 +344,7 @@ class RunConfig(Section):
     sampling: SamplingSection = Field(default_factory=SamplingSection, description=SamplingSection.__doc__)
     rollout: RolloutSection = Field(default_factory=RolloutSection, description=RolloutSection.__doc__)
     trainer: TrainerSection = Field(default_factory=TrainerSection, description=TrainerSection.__doc__)
+    balance: BalanceSection = Field(default_factory=BalanceSection, description=BalanceSection.__doc__)
     algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection, description=AlgorithmSection.__doc__)
     warmup: WarmupSection = Field(default_factory=WarmupSection, description=WarmupSection.__doc__)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description=EvaluationSection.__doc__)

@@ -172,7 +172,7 @@ def _transformer_config(
     return compat.transformer_config(**kwargs)
 
 
-def _layer_specs(arch: Architecture, layer_indices: Sequence[int], te: bool) -> list[Any]:
+def _layer_specs(arch: Architecture, layer_indices: Sequence[int], te: bool, dtype: torch.dtype) -> list[Any]:
     specs = []
     for index in layer_indices:
         spec = compat.layer_spec(
@@ -186,6 +186,8 @@ def _layer_specs(arch: Architecture, layer_indices: Sequence[int], te: bool) -> 
             if arch.qk_norm:
                 attention.q_layernorm = RMSNorm
                 attention.k_layernorm = RMSNorm
+        elif dtype == torch.float32:  # Transformer Engine's attention kernels take 16-bit packed sequences only
+            spec.submodules.self_attention.submodules.core_attention = PackedAttention
         specs.append(spec)
     return specs
 
@@ -206,6 +208,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     recompute: Recompute | None = None,
     seed: int = 0,
+    fuse_gradients: bool = False,
 ) -> BuiltModel:
     """Build this rank's chunks with uninitialised weights; load weights before using them.
 
@@ -216,6 +219,7 @@ def build_model(
         dtype: of the parameters: float32, bfloat16 or float64 (CPU only).
         recompute: activation recomputation.
         seed: of Megatron's random-number tracker.
+        fuse_gradients: let Transformer Engine's kernels add weight gradients to ``main_grad`` themselves.
 
     Raises:
         ValueError: a layout that does not fit, with what to change.
@@ -228,12 +232,13 @@ def build_model(
         raise UnsupportedModel(
             "on GPUs the model is built from Transformer Engine's modules: install transformer-engine"
         )
-    if te and dtype != torch.bfloat16:
-        raise UnsupportedModel(f"on GPUs only bfloat16 is tested, got {dtype}: set model.dtype to bfloat16")
+    if te and dtype == torch.float64:
+        raise UnsupportedModel("Transformer Engine has no float64: set model.dtype to bfloat16 or float32")
     compat.ensure_scratch_buffer()
     where = groups.coordinates
     compat.seed_rng(seed, tp_rank=where["tp"], ep_rank=where["ep"], etp_rank=where["etp"])
     config = _transformer_config(arch, groups, dtype, recompute or Recompute(), te)
+    config.gradient_accumulation_fusion = fuse_gradients and te
     final_norm = compat.transformer_engine_norm() if te else RMSNorm
     stages = list(range(groups.layout.vpp)) if groups.layout.vpp else [None]
     chunks = []
@@ -241,7 +246,7 @@ def build_model(
         layers = chunk_layers(arch, groups, stage)
         chunk = compat.gpt_model(
             config=config,
-            transformer_layer_spec=compat.block_spec(_layer_specs(arch, layers, te), final_norm),
+            transformer_layer_spec=compat.block_spec(_layer_specs(arch, layers, te, dtype), final_norm),
             vocab_size=padded_vocabulary(arch, groups.layout.tp),
             max_sequence_length=arch.max_positions,
             pre_process=layers.start == 0,

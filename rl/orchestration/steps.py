@@ -10,6 +10,7 @@ import numpy as np
 import ray
 
 from megatron_ultraep.replay import RoutingTrace, TraceSample
+from megatron_ultraep.telemetry.metrics import merge_groups
 from rl.ledger import StepRecord
 from rl.orchestration.setup import Run
 from rl.training.batch import TrainSample
@@ -89,7 +90,7 @@ def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample]) 
     mode = _mode(run, algorithm.routes.train)
     objective = PolicyObjective(run.policy_loss, run.settings(with_entropy=True), mode)
     trained, sums, tokens = Trained(), {}, 0
-    losses, norms, lrs = [], [], []
+    losses, norms, lrs, balance = [], [], [], []
     first: StepOutcome | None = None
     for epoch in range(algorithm.epochs_per_batch):
         # Several mini-batches see the samples in an order of their own each epoch, the same after a resume.
@@ -102,6 +103,7 @@ def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample]) 
             for name, value in outcome.sums.items():
                 sums[name] = sums.get(name, 0.0) + value
             first = first or outcome
+            balance.append(outcome.balance)
             tokens += outcome.tokens
             losses.append(outcome.loss)
             norms.append(outcome.grad_norm)
@@ -114,6 +116,7 @@ def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample]) 
         trained.metrics["train/rollout_logprob_abs_diff"] = difference / max(1, first.tokens)
         if first.route_rows:
             trained.metrics["moe/own_routes_differ_fraction"] = first.differing / first.route_rows
+    trained.metrics |= merge_groups([part for part in balance if part])
     trained.metrics |= {
         "train/loss": float(np.mean(losses)),
         "train/grad_norm": float(np.mean(norms)),

@@ -35,6 +35,7 @@ LOOP_STATE = "loop.json"
 
 def save(worker: TrainWorker, directory: str | Path, *, optimizer: bool = True) -> None:
     """Write this rank's part; a collective. ``directory`` must exist and be empty of checkpoints."""
+    compat.synchronize_parameters(worker.actor.wrapped)
     state = _model_state(worker.actor, worker.spec.distributed_optimizer)
     state["layout"] = dataclasses.asdict(worker.spec.layout)
     state["distributed_optimizer"] = worker.spec.distributed_optimizer

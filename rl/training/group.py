@@ -25,6 +25,7 @@ import ray
 import torch
 
 from megatron_ultraep.layout import Pass
+from megatron_ultraep.telemetry.metrics import merge_groups
 from rl.training.batch import MiniBatch
 from rl.training.passes import PassSettings, RouteMode, RouteReport, RouteSlice
 from rl.training.worker import Objective, TrainerSpec
@@ -165,6 +166,7 @@ class StepOutcome:
         digests: per sample, uint64 ``[MoE layers]`` of the routes that routers consumed; empty unless replayed.
         route_rows, differing: router rows (samples x layers), and how many had another own top-k.
         seconds: slowest rank, by part.
+        balance: metrics of balancing, see ``megatron_ultraep.telemetry.metrics``; empty without it.
     """
 
     loss: float = 0.0
@@ -177,6 +179,7 @@ class StepOutcome:
     route_rows: int = 0
     differing: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    balance: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -266,6 +269,7 @@ class Trainer:
             outcome.differing += result.routes.differing
             for name, value in result.seconds.items():
                 outcome.seconds[name] = max(outcome.seconds.get(name, 0.0), value)
+        outcome.balance = merge_groups([result.balance for result in results if result.balance])
         return outcome
 
     def end_warmup(self) -> None:

@@ -9,6 +9,7 @@ chunks = list(worker.export(bucket_bytes))
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,8 +19,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_ultraep.config import BalanceConfig
 from megatron_ultraep.layout import MicroBatch, Pass
 from megatron_ultraep.megatron import compat, microbatch
+from megatron_ultraep.megatron.attach import Balancer, attach
 from megatron_ultraep.megatron.groups import ParallelLayout, create_groups
 from megatron_ultraep.megatron.router_replay import RoutingReplay
 from rl.algorithms.losses import Normaliser, PolicyLossConfig, PolicyTokens, policy_loss
@@ -59,6 +62,9 @@ class TrainerSpec:
         reference: build the frozen reference model too.
         seed: of Megatron's random-number tracker.
         collective_s: limit of every collective, in seconds.
+        balance: how experts are balanced; None, or not enabled: not at all.
+        fuse_gradients: weight-gradient kernels add to ``main_grad`` themselves (GPUs).
+        overlap: reduce gradients while backward runs, gather the distributed optimizer's parameters while forward runs.
     """
 
     model_path: str
@@ -70,6 +76,9 @@ class TrainerSpec:
     reference: bool = False
     seed: int = 0
     collective_s: float = 300.0
+    balance: BalanceConfig | None = None
+    overlap: bool = False
+    fuse_gradients: bool = False
 
 
 class Objective(Protocol):
@@ -153,6 +162,7 @@ class TrainResult:
         updated: False when Megatron skipped the step.
         routes: what routers did.
         seconds: by part.
+        balance: metrics of balancing this step, from one rank of each expert-parallel group; empty on the others.
     """
 
     loss: float
@@ -162,6 +172,7 @@ class TrainResult:
     updated: bool
     routes: RouteReport
     seconds: dict[str, float]
+    balance: dict[str, float] = field(default_factory=dict)
 
 
 class TrainWorker:
@@ -182,7 +193,15 @@ class TrainWorker:
             raise ValueError("Megatron clips no float64 gradients: set optimizer.clip_grad to 0")
         microbatch.install()
         self.groups = create_groups(spec.layout, timeout_s=spec.collective_s)
-        self.actor = build_model(arch, self.groups, name="actor", dtype=dtype, recompute=spec.recompute, seed=spec.seed)
+        self.actor = build_model(
+            arch,
+            self.groups,
+            name="actor",
+            dtype=dtype,
+            recompute=spec.recompute,
+            seed=spec.seed,
+            fuse_gradients=spec.fuse_gradients,
+        )
         load_weights(self.actor, spec.model_path)
         self.replay = self._replay_of(self.actor)
         self._wrap_and_optimize()
@@ -192,9 +211,19 @@ class TrainWorker:
             self.reference = build_model(arch, self.groups, name="reference", dtype=dtype, seed=spec.seed)
             load_weights(self.reference, spec.model_path)
             self.runners["reference"] = PassRunner(self.reference, self._replay_of(self.reference), routes)
+        self.balancer = self._balance()
 
     def _replay_of(self, model: BuiltModel) -> RoutingReplay | None:
         return RoutingReplay(model.chunks, model.arch.moe_layer_of()) if model.arch.is_moe else None
+
+    def _balance(self) -> Balancer | None:
+        """Balance the actor, and the reference too, which leaves no records."""
+        balance = self.spec.balance
+        if balance is None or not balance.enabled:
+            return None
+        if self.reference is not None:
+            attach(self.reference.chunks, dataclasses.replace(balance, record=""), timeout_s=self.spec.collective_s)
+        return attach(self.actor.wrapped, balance, timeout_s=self.spec.collective_s)
 
     def _wrap_and_optimize(self) -> None:
         spec, actor = self.spec, self.actor
@@ -207,6 +236,7 @@ class TrainWorker:
             self.groups.collection,
             distributed_optimizer=spec.distributed_optimizer,
             grad_dtype_fp32=actor.dtype != torch.float64,
+            overlap=spec.overlap,
         )
         o = spec.optimizer
         self.optimizer = compat.optimizer(
@@ -281,6 +311,8 @@ class TrainWorker:
             lr: learning rate of this step; None follows the schedule.
         """
         started = time.perf_counter()
+        if self.balancer is not None:
+            self.balancer.metrics()  # of passes before this one
         loss, sums, report = self.gradients(batch, step, objective)
         computed = time.perf_counter()
         if lr is not None:
@@ -299,6 +331,7 @@ class TrainWorker:
             updated=bool(updated),
             routes=report,
             seconds={"forward_backward": computed - started, "optimizer": ended - computed},
+            balance=self.balancer.metrics() if self.balancer is not None and self.groups.coordinates["ep"] == 0 else {},
         )
 
     def end_warmup(self) -> None:
@@ -315,6 +348,7 @@ class TrainWorker:
 
     def export(self, bucket_bytes: int, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
         """This rank's share of the weights in Hugging Face names, in buckets on the CPU; a collective."""
+        compat.synchronize_parameters(self.actor.wrapped)
         bucket: dict[str, torch.Tensor] = {}
         size = 0
         for name, tensor in export_weights(self.actor):
