@@ -240,7 +240,7 @@ def log_line(metrics: dict[str, float], iteration: int, iterations: int) -> str:
     parts = [f" ultraep iteration {iteration:8d}/{iterations:8d}"]
     parts += [f"{words}: {metrics[name]:.4f}" for name, words in _IN_LINE.items() if name in metrics]
     skipped = {name.removeprefix("moe/skipped/"): value for name, value in metrics.items() if "/skipped/" in name}
-    parts += [f"left alone ({reason}): {100 * value:.1f}%" for reason, value in skipped.items() if value]
+    parts += [f"left alone ({why.replace('_', ' ')}): {100 * value:.1f}%" for why, value in skipped.items() if value]
     return " | ".join(parts) + " |"
 
 

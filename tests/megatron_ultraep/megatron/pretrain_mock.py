@@ -19,11 +19,11 @@ from megatron.training.arguments import parse_and_validate_args
 
 
 class SkewedTokens(torch.utils.data.Dataset):
-    """Sequences in which token `t` comes with probability proportional to `1 / (t + 1)`."""
+    """Sequences in which token `t` comes with probability proportional to `(t + 1) ** -1.5`."""
 
     def __init__(self, samples: int, sequence_length: int, vocabulary: int, seed: int) -> None:
         self.samples, self.sequence_length, self.seed = samples, sequence_length, seed
-        self.weights = 1.0 / torch.arange(1, vocabulary + 1)
+        self.weights = torch.arange(1, vocabulary + 1) ** -1.5
 
     def __len__(self) -> int:
         return self.samples
@@ -39,9 +39,10 @@ class SkewedTokens(torch.utils.data.Dataset):
         }
 
 
-def datasets(samples: list[int], vp_stage: int | None = None) -> list[SkewedTokens]:
+def datasets(samples: list[int | None], vp_stage: int | None = None) -> list[SkewedTokens | None]:
     args = get_args()
-    return [SkewedTokens(n or 0, args.seq_length, args.vocab_size, args.seed + i) for i, n in enumerate(samples)]
+    sizes = args.seq_length, args.vocab_size
+    return [SkewedTokens(n, *sizes, args.seed + i) if n else None for i, n in enumerate(samples)]
 
 
 def mean_loss(loss_mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
