@@ -110,7 +110,7 @@ class Collector:
             ("sample", self._random.random(len(block))),
         ):
             self._tops[name].offer(scores, block, self.count)
-        for pair in {(int(s), int(layer)) for s, layer in zip(series, block.layer, strict=True)}:
+        for pair in map(tuple, np.unique(np.stack([series, block.layer]), axis=1).T.tolist()):
             if pair in self._layers or len(self._layers) < _MOST_LAYERS_CHOSEN:
                 mine = (series == pair[0]) & (block.layer == pair[1])
                 top = self._layers.setdefault(pair, _Top(1))

@@ -7,6 +7,7 @@ packs and compresses them, and writes chunk files (``store``). What the queue ca
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import queue
 import threading
@@ -86,8 +87,11 @@ class Recorder:
     ):
         if max_mib < 1 or queue_mib < 1:
             raise ValueError(f"expected max_mib and queue_mib >= 1 MiB, got {max_mib} and {queue_mib}")
+        try:
+            self._meta = json.loads(json.dumps(dict(meta or {})))
+        except TypeError as error:
+            raise ValueError(f"expected meta of JSON values, got {meta!r}: {error}") from error
         self._store = ChunkStore(Path(directory), name, max_mib << 20)
-        self._meta = dict(meta or {})
         self._session = str(time.time_ns())
         self._queue_bytes = queue_mib << 20
         self._write_seconds = write_seconds

@@ -131,6 +131,8 @@ def test_closed_and_bad_arguments(tmp_path):
         r.record(key(7), 0, make_plan())
     with pytest.raises(ValueError, match="max_mib"):
         Recorder(tmp_path, max_mib=0, name="a")
+    with pytest.raises(ValueError, match="expected meta of JSON values"):
+        Recorder(tmp_path, max_mib=1, name="b", meta={"model": object()})
     with pytest.raises(ValueError, match=r"letters, digits.*'a/b'"):
         Recorder(tmp_path, max_mib=1, name="a/b")
 
