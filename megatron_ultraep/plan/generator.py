@@ -25,7 +25,8 @@ _CHUNK = 2**21  # random numbers drawn at a time: they stay in the cache
 def inclusion_probabilities(weights: Floats, topk: int) -> Floats:
     """float64 ``[E]``: how likely it is that a token's ``topk`` draws without replacement include each expert.
 
-    The approximation ``1 - exp(-h * weight)``, with ``h`` such that the sum is ``topk``.
+    The approximation ``1 - exp(-h * weight)``, with ``h`` such that the sum is ``topk``; good to 1% where experts are
+    many and ``topk`` is not 1.
     """
     if topk >= len(weights):
         return np.ones_like(weights)
