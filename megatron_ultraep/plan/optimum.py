@@ -109,7 +109,8 @@ def _solve(
         integrality=np.ones(2 * count + 1),
         bounds=bounds,
         constraints=constraints,
-        options={"time_limit": time_limit_s, "mip_rel_gap": 0},
+        # HiGHS 1.12 (scipy 1.17) with presolve called 2 replicas optimal where 1 is feasible.
+        options={"time_limit": time_limit_s, "mip_rel_gap": 0, "presolve": False},
     )
     if result.status != 0:
         raise TimeoutError(
