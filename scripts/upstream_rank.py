@@ -24,10 +24,12 @@ import gc
 import importlib
 import inspect
 import json
+import multiprocessing
 import os
 import random
 import re
 import sys
+import threading
 import time
 import types
 from dataclasses import dataclass, field
@@ -95,6 +97,7 @@ def copy_tests(checkout: Path, root: Path, files: tuple[str, ...], *, gpu: bool)
 
 def main(job: Job, rank: int, barrier: Barrier, outcomes: Any) -> None:
     """Run the job's tests as one rank; results go to ``<rank>.jsonl``."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     log = os.open(job.results / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -115,6 +118,13 @@ def main(job: Job, rank: int, barrier: Barrier, outcomes: Any) -> None:
     sys.stdout.flush()
     # Process groups of broken tests may be left; ending them in order could hang.
     os._exit(0)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(RANKS_DISAGREE)
 
 
 def _prepare(job: Job) -> None:
