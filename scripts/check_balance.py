@@ -98,15 +98,22 @@ CASES = (
     Case("EP 2, distributed optimizer", 2, {"ep": 2}, {"distributed_optimizer": True}, (FLOAT32,)),
     Case("EP 2 x DP 2, distributed optimizer, overlapped", 4, {"ep": 2}, DISTRIBUTED, (FLOAT32,)),
 )
+FUSED = {"fuse_gradients": True}
 GPU_CASES = (
-    *(case for case in CASES if "overlapped" not in case.name and "distributed" not in case.name),
-    Case("EP 2, recompute expert activation", 2, {"ep": 2}, {"recompute": ("selective", ("moe_act",))}),
-    Case("EP 2, distributed optimizer, overlapped", 2, {"ep": 2}, DISTRIBUTED),
-    Case("EP 2, fused gradients", 2, {"ep": 2}, {"fuse_gradients": True}),
-    Case("EP 2, distributed, overlapped, fused", 2, {"ep": 2}, DISTRIBUTED | {"fuse_gradients": True}),
-    Case("EP 2 x DP 2, distributed, overlapped, fused", 4, {"ep": 2}, DISTRIBUTED | {"fuse_gradients": True}),
-    Case("PP 2, VPP 2 x EP 2, overlapped, fused", 4, {"pp": 2, "vpp": 2, "ep": 2}, DISTRIBUTED | {"fuse_gradients": True}),
-)  # fmt: skip
+    Case("EP 2", 2, {"ep": 2}),
+    Case("EP 4", 4, {"ep": 4}),
+    Case("PP 2 x EP 2", 4, {"pp": 2, "ep": 2}, modes=(FLOAT32,)),
+    Case("PP 2, VPP 2 x EP 2", 4, {"pp": 2, "vpp": 2, "ep": 2}, modes=(FLOAT32,)),
+    Case("TP 2 x EP 2", 2, {"tp": 2, "ep": 2}, modes=(FLOAT32,)),
+    Case("EP 2, recompute full", 2, {"ep": 2}, {"recompute": ("full",)}, (FLOAT32,)),
+    Case("EP 2, recompute moe", 2, {"ep": 2}, {"recompute": ("selective", ("moe",))}, (FLOAT32,)),
+    Case("EP 2, recompute expert activation", 2, {"ep": 2}, {"recompute": ("selective", ("moe_act",))}, (FLOAT32,)),
+    Case("EP 2, distributed optimizer, overlapped", 2, {"ep": 2}, DISTRIBUTED, (FLOAT32, BFLOAT16)),
+    Case("EP 2, fused gradients", 2, {"ep": 2}, FUSED, (FLOAT32, BFLOAT16)),
+    Case("EP 2, distributed, overlapped, fused", 2, {"ep": 2}, DISTRIBUTED | FUSED, (FLOAT32, BFLOAT16)),
+    Case("EP 2 x DP 2, distributed, overlapped, fused", 4, {"ep": 2}, DISTRIBUTED | FUSED, (FLOAT32, BFLOAT16)),
+    Case("PP 2 x EP 2, overlapped, fused", 4, {"pp": 2, "ep": 2}, DISTRIBUTED | FUSED, (FLOAT32,)),
+)
 # Stock against stock: what the second layout's order of summation does.
 NOISE = (
     ("noise: stock EP 2 against stock EP 1", 2, {"ep": 2}, {}),

@@ -192,6 +192,18 @@ def distributed_data_parallel(
     return wrapped
 
 
+def fuse_weight_gradients(chunks: Sequence[torch.nn.Module]) -> None:
+    """Let Transformer Engine's linear layers add weight gradients to ``main_grad`` in their kernels.
+
+    ``gradient_accumulation_fusion`` of the configuration would ask the same of the output layer, which is Megatron's
+    own and needs Apex for it.
+    """
+    for chunk in chunks:
+        for module in chunk.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):
+                module.fuse_wgrad_accumulation = True
+
+
 def synchronize_parameters(chunks: Sequence[torch.nn.Module]) -> None:
     """Finish gathering parameters that forward would otherwise wait for layer by layer; before reading weights."""
     for chunk in chunks:

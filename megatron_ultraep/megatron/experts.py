@@ -38,7 +38,7 @@ class PhysicalExperts:
 
     def __init__(self, experts: torch.nn.Module, slots: int) -> None:
         self._stock = experts
-        self.fused_gradients = bool(experts.config.gradient_accumulation_fusion) and compat.has_transformer_engine()
+        self.fused_gradients = any(getattr(m, "fuse_wgrad_accumulation", False) for m in experts.modules())
         if isinstance(experts, compat.sequential_mlp_class()):
             self._twin, self._places, names = _sequential(experts, slots)
         elif compat.grouped_mlp_class() is not None and isinstance(experts, compat.grouped_mlp_class()):

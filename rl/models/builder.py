@@ -208,7 +208,6 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     recompute: Recompute | None = None,
     seed: int = 0,
-    fuse_gradients: bool = False,
 ) -> BuiltModel:
     """Build this rank's chunks with uninitialised weights; load weights before using them.
 
@@ -219,7 +218,6 @@ def build_model(
         dtype: of the parameters: float32, bfloat16 or float64 (CPU only).
         recompute: activation recomputation.
         seed: of Megatron's random-number tracker.
-        fuse_gradients: let Transformer Engine's kernels add weight gradients to ``main_grad`` themselves.
 
     Raises:
         ValueError: a layout that does not fit, with what to change.
@@ -238,7 +236,6 @@ def build_model(
     where = groups.coordinates
     compat.seed_rng(seed, tp_rank=where["tp"], ep_rank=where["ep"], etp_rank=where["etp"])
     config = _transformer_config(arch, groups, dtype, recompute or Recompute(), te)
-    config.gradient_accumulation_fusion = fuse_gradients and te
     final_norm = compat.transformer_engine_norm() if te else RMSNorm
     stages = list(range(groups.layout.vpp)) if groups.layout.vpp else [None]
     chunks = []

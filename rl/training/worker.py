@@ -63,7 +63,7 @@ class TrainerSpec:
         seed: of Megatron's random-number tracker.
         collective_s: limit of every collective, in seconds.
         balance: how experts are balanced; None, or not enabled: not at all.
-        fuse_gradients: weight-gradient kernels add to ``main_grad`` themselves (GPUs).
+        fuse_gradients: Transformer Engine's kernels add weight gradients to ``main_grad`` themselves.
         overlap: reduce gradients while backward runs, gather the distributed optimizer's parameters while forward runs.
     """
 
@@ -193,15 +193,7 @@ class TrainWorker:
             raise ValueError("Megatron clips no float64 gradients: set optimizer.clip_grad to 0")
         microbatch.install()
         self.groups = create_groups(spec.layout, timeout_s=spec.collective_s)
-        self.actor = build_model(
-            arch,
-            self.groups,
-            name="actor",
-            dtype=dtype,
-            recompute=spec.recompute,
-            seed=spec.seed,
-            fuse_gradients=spec.fuse_gradients,
-        )
+        self.actor = build_model(arch, self.groups, name="actor", dtype=dtype, recompute=spec.recompute, seed=spec.seed)
         load_weights(self.actor, spec.model_path)
         self.replay = self._replay_of(self.actor)
         self._wrap_and_optimize()
@@ -238,6 +230,8 @@ class TrainWorker:
             grad_dtype_fp32=actor.dtype != torch.float64,
             overlap=spec.overlap,
         )
+        if spec.fuse_gradients:
+            compat.fuse_weight_gradients(actor.wrapped)
         o = spec.optimizer
         self.optimizer = compat.optimizer(
             actor.wrapped,
