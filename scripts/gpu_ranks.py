@@ -7,6 +7,7 @@ pools(2).run(function, *arguments)      # results by rank; the same interface as
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -21,20 +22,23 @@ def _rank(connection: Connection, rank: int, world: int, store: str) -> None:
     import torch.distributed as dist
 
     torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl", init_method=f"file://{store}", rank=rank, world_size=world, device_id=torch.device("cuda", rank)
-    )
-    while True:
+    for run in itertools.count():
         try:
             function, arguments, keywords = connection.recv()
         except EOFError:
             break
         try:
+            # Fresh groups for every run: communicators take device memory, and models leave theirs behind.
+            device = torch.device("cuda", rank)
+            dist.init_process_group(
+                "nccl", init_method=f"file://{store}-{run}", rank=rank, world_size=world, device_id=device
+            )
             connection.send((True, function(*arguments, **keywords)))
         except Exception:
             connection.send((False, traceback.format_exc()))
         gc.collect()
         torch.cuda.empty_cache()
+        dist.destroy_process_group()
 
 
 class GpuPool:
