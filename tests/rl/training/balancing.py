@@ -121,6 +121,8 @@ def several_steps(
         batch = batch.part(worker.groups.coordinates["dp"])
         if step == 0:
             worker.gradients(batch, step, objective)
+            if spec.get("overlap"):  # Megatron reduces the first batch without overlap
+                worker.gradients(batch, step, objective)
             gradients = {
                 n: t.double().cpu().numpy().copy() for n, t in export_weights(worker.actor, source="main_grad")
             }
