@@ -20,13 +20,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_ultraep.telemetry.metrics import METRICS as BALANCE_METRICS
 from rl.files import json_line, read_json_lines, write_atomic, write_json_lines
 
 logger = logging.getLogger(__name__)
 
 SECTIONS = ("train", "rollout", "perf", "eval", "moe", "warmup")
 
-METRICS = {
+# With balancing on, and of training's own passes only: the names of BALANCE_METRICS.
+METRICS = BALANCE_METRICS | {
     "rollout/reward/mean": "Mean reward of the iteration's samples.",
     "rollout/reward/std": "Standard deviation of those rewards.",
     "rollout/reward_errors": "Samples whose reward could not be computed.",
@@ -44,7 +46,7 @@ METRICS = {
     "train/rollout_logprob_abs_diff": "Mean |rollout - training log-prob|, nats per token, with the routes in use.",
     "train/rollout_logprob_abs_diff_own_routes": "The same when training's own routers choose.",
     "moe/own_routes_differ_fraction": "Fraction of (token, layer) where equal weights route otherwise than rollout.",
-    "moe/max_vio": "(max - mean) / mean of tokens per expert, mean over layers.",
+    "moe/max_vio": "(max - mean) / mean of tokens per expert over the iteration's samples, mean over layers.",
     "perf/step_time": "Seconds of one iteration.",
     "perf/tokens_per_second": "Tokens of the iteration's samples over its seconds.",
     "perf/time/<phase>": "Seconds of one phase: generate, reward, old_logprob, train, weight_update, evaluate, "

@@ -96,6 +96,7 @@ class _LinePanel:
     axis: str = "step"
     log_scale: bool = False
     limits: tuple[float | None, float | None] = (None, None)
+    optional: bool = False  # not named as missing
 
 
 LINE_PANELS = (
@@ -154,6 +155,18 @@ LINE_PANELS = (
         (_Line("moe/max_vio", "max violation"),),
         "0: every expert gets the same number of tokens.",
         limits=(0, None),
+    ),
+    _LinePanel(
+        "balance",
+        "Imbalance of ranks in training",
+        "max / mean of tokens",
+        (
+            _Line("moe/imbalance_before/mean", "without replicas"),
+            _Line("moe/imbalance_after/mean", "as computed"),
+        ),
+        "1: every expert-parallel rank gets the same number of tokens. Mean over micro-batches and layers; "
+        "ultraep-view shows each.",
+        optional=True,
     ),
     _LinePanel(
         "throughput", "Throughput", "tokens/s", (_Line("perf/tokens_per_second", "tokens/s"),), limits=(0, None)
@@ -232,7 +245,7 @@ def _panels(metrics: Mapping[str, Metrics], ledger: Ledger) -> tuple[list[Panel]
             xlabel = "step" if spec.axis == "step" else "warm-up step"
             svg = line_chart(spec.key, series, xlabel=xlabel, log_scale=spec.log_scale, limits=spec.limits)
             panels.append(Panel(spec.title, spec.unit, spec.note, svg))
-        elif spec.axis == "step":
+        elif spec.axis == "step" and not spec.optional:
             missing.append(spec.title)
     times = _times(metrics["step"], ledger)
     if times:

@@ -116,7 +116,9 @@ def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample]) 
         trained.metrics["train/rollout_logprob_abs_diff"] = difference / max(1, first.tokens)
         if first.route_rows:
             trained.metrics["moe/own_routes_differ_fraction"] = first.differing / first.route_rows
-    trained.metrics |= merge_groups([part for part in balance if part])
+    balanced = merge_groups([part for part in balance if part])
+    balanced.pop("moe/max_vio", None)  # the one of rollout's samples has the same meaning in runs without balancing
+    trained.metrics |= balanced
     trained.metrics |= {
         "train/loss": float(np.mean(losses)),
         "train/grad_norm": float(np.mean(norms)),

@@ -32,6 +32,7 @@ from rl.training.worker import Objective, TrainerSpec
 
 _BUCKET_BYTES = 64 << 20
 _PEERS_S = 5.0  # for the death of a rank to be known after its peers have failed
+_CLOSE_S = 10.0  # to write what is left of the load records
 
 
 class TrainerDied(RuntimeError):
@@ -150,6 +151,11 @@ class TrainerActor:
         from rl.models.weights import save_hf
 
         save_hf(self.worker.actor, source, target)
+
+    def close(self) -> None:
+        """Write what is left of the load records."""
+        if self.worker is not None:
+            self.worker.close()
 
 
 @dataclass
@@ -304,8 +310,11 @@ class Trainer:
     # ---------------------------------------------------------------- life
 
     def stop(self) -> None:
-        """End all ranks; calling it again does nothing."""
+        """End all ranks; calling it again does nothing. A rank that does not answer loses its last load records."""
         handles, self.handles = self.handles, []
+        if self.spec.balance is not None and self.spec.balance.record:
+            # Killed actors run no exit handlers.
+            ray.wait([handle.close.remote() for handle in handles], num_returns=len(handles), timeout=_CLOSE_S)
         for handle in handles:
             ray.kill(handle, no_restart=True)
 

@@ -355,6 +355,11 @@ class TrainWorker:
         if bucket:
             yield bucket
 
+    def close(self) -> None:
+        """Write what is left of the load records."""
+        if self.balancer is not None:
+            self.balancer.close()
+
 
 def reset_optimizer_state(optimizer: Any) -> None:
     """Adam's moments and step counts to zero; makes them where the first step has not yet."""
