@@ -59,7 +59,7 @@ class BalanceConfig:
     copy_ns_per_mib: int = _option(
         0, "Time to copy 1 MiB from rank to rank inside a node (ns). 0: measured at attach.", metavar="NS"
     )
-    transport: TransportName = _option(
+    transport: TransportName = _option(  # noqa: RUF009 - it is dataclasses.field
         "auto",
         "How weights and gradients travel: 'collective' works on gloo and NCCL; 'auto' takes the fastest that works.",
         choices=("auto", "collective"),
@@ -84,7 +84,7 @@ class BalanceConfig:
             problems.append(f"slots must be >= 1, got {self.slots}: use enabled=False for no balancing")
         if self.node_size < 0 or self.node_size == 1:
             problems.append(
-                f"node_size must be 0 (the whole group) or >= 2 ranks, got {self.node_size}: replicas never leave a node"
+                f"node_size must be 0 (the whole group) or >= 2 ranks, got {self.node_size}: no replica leaves a node"
             )
         if self.min_tokens < 1:
             problems.append(f"min_tokens must be >= 1 token, got {self.min_tokens}")

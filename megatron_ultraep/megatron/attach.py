@@ -108,7 +108,8 @@ class Balancer:
         self._unnamed: dict[int, int] = {}
         self._counted: set[tuple[MicroBatchKey, int]] = set()
         if config.record and transport is not None and transport.rank == 0:
-            self._recorder = Recorder(config.record, max_mib=config.record_mib, name=name, meta={})
+            meta = {"settings": str(config)}
+            self._recorder = Recorder(config.record, max_mib=config.record_mib, name=name, meta=meta)
             atexit.register(self.close)
         # Recomputed layers must find the key of the forward that saved them, or records count them twice.
         microbatch.install()
@@ -123,10 +124,8 @@ class Balancer:
         Raises:
             Unsupported: a layer that cannot be balanced, with what to change.
         """
-        if hasattr(layer, _ATTRIBUTE):
-            raise Unsupported(f"{_name(layer)}: it is balanced already; detach the model first")
         _check_target()
-        reasons = refusals(layer)
+        reasons = _reasons(layer)
         if reasons:
             raise Unsupported(f"{_name(layer)} cannot be balanced: " + "; ".join(reasons))
         assert self.transport is not None
@@ -270,7 +269,7 @@ def attach(
     mine = groups.pop() if len(groups) == 1 else ()
     problem = f"MoE layers are on several expert-parallel groups: {sorted(groups | {mine})}" if groups else ""
     if not problem:
-        problem = next((f"{_name(layer)}: {reason}" for layer in layers for reason in refusals(layer)), "")
+        problem = next((f"{_name(layer)}: {reason}" for layer in layers for reason in _reasons(layer)), "")
     balancer = make_balancer(config, mine, problem=problem, timeout_s=timeout_s)
     try:
         for layer in layers:
@@ -336,6 +335,11 @@ def moe_layers(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[Any]:
     """The MoE layers of a model's chunks, in order."""
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     return [m for chunk in chunks for m in chunk.modules() if isinstance(m, compat.moe_layer_class())]
+
+
+def _reasons(layer: Any) -> list[str]:
+    """Why a layer cannot be balanced now."""
+    return ["it is balanced already: detach the model first"] if hasattr(layer, _ATTRIBUTE) else refusals(layer)
 
 
 def _name(layer: Any) -> str:

@@ -5,8 +5,10 @@ A combination that no test covers is refused with a sentence that says what to c
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_ultraep.megatron import compat
@@ -77,24 +79,53 @@ def _overridden(layer: Any) -> bool:
     )
 
 
-_LAYER = "tests/megatron_ultraep/megatron/test_attach.py"
-_PARITY = "scripts/check_balance.py"
+_LAYER = "tests/megatron_ultraep/megatron/test_attach.py::test_layer_equals_stock"
+_ATTACH = "tests/megatron_ultraep/megatron/test_attach.py"
+_TRAINING = "tests/rl/training/test_balancing.py::test_training_equals_stock"
+_GPU = "scripts/check_balance.py"
 
 TESTED: tuple[Tested, ...] = (
-    Tested("Megatron-core 0.16.1 and 0.19.2, all-to-all dispatcher", _LAYER),
-    Tested("SequentialMLP experts, local linear layers", f"{_LAYER}::test_layer_equals_stock"),
-    Tested("TEGroupedMLP experts (GPU)", f"{_PARITY} on 2 GPUs"),
-    Tested("expert parallelism 2 and 4", f"{_LAYER}::test_layer_equals_stock"),
-    Tested("top-k 1, 2, 3, 8", f"{_LAYER}::test_layer_equals_stock"),
-    Tested("float64, float32, bfloat16", f"{_LAYER}::test_layer_equals_stock"),
-    Tested("uneven and zero tokens on a rank", f"{_LAYER}::test_layer_equals_stock"),
-    Tested("shared experts, also gated", f"{_LAYER}::test_layer_equals_stock"),
-    Tested("group-limited routing, sigmoid scores with expert bias", f"{_LAYER}::test_layer_equals_stock"),
-    Tested("auxiliary losses (aux_loss, seq_aux_loss, global_aux_loss), z-loss", f"{_LAYER}::test_layer_equals_stock"),
-    Tested("experts with bias", f"{_LAYER}::test_layer_equals_stock"),
-    Tested("frozen experts", f"{_LAYER}::test_frozen_experts"),
-    Tested("permuted homes", f"{_LAYER}::test_permuted_homes"),
-)  # fmt: skip
+    Tested("Megatron-core 0.16.1 and 0.19.2, all-to-all dispatcher, SequentialMLP experts", f"{_LAYER}[top-2]"),
+    Tested("TEGroupedMLP experts: one grouped GEMM over home experts and slots (2 GPUs, 0.19.2)", _GPU),
+    Tested("2 and 4 expert-parallel ranks", f"{_LAYER}[4 ranks]"),
+    Tested("top-k 1", f"{_LAYER}[top-1]"),
+    Tested("top-k up to 8", f"{_LAYER}[top-8 of 16]"),
+    Tested("float64, in training too", f"{_TRAINING}[ep2]"),
+    Tested("float32", f"{_LAYER}[float32]"),
+    Tested("bfloat16", f"{_LAYER}[bfloat16]"),
+    Tested("ranks with different numbers of tokens", f"{_LAYER}[uneven tokens]"),
+    Tested("ranks without tokens", f"{_LAYER}[no tokens on three ranks]"),
+    Tested("experts without tokens", f"{_LAYER}[experts without tokens]"),
+    Tested("shared experts", f"{_LAYER}[shared experts]"),
+    Tested("gated shared experts", f"{_LAYER}[gated shared experts]"),
+    Tested("experts with bias", f"{_LAYER}[experts with bias]"),
+    Tested("experts without gated linear unit", f"{_LAYER}[no gated linear unit]"),
+    Tested("group-limited routing, sigmoid scores, expert bias", f"{_LAYER}[group-limited, sigmoid, expert bias]"),
+    Tested("auxiliary loss", f"{_LAYER}[auxiliary loss]"),
+    Tested("sequence auxiliary loss", f"{_LAYER}[sequence auxiliary loss]"),
+    Tested("global auxiliary loss", f"{_LAYER}[global auxiliary loss]"),
+    Tested("z-loss", f"{_LAYER}[z-loss]"),
+    Tested("frozen experts", f"{_ATTACH}::test_frozen_experts"),
+    Tested("experts that live elsewhere than Megatron puts them", f"{_ATTACH}::test_permuted_homes"),
+    Tested("tensor parallelism with sequence parallelism", f"{_TRAINING}[tp2xep2]"),
+    Tested("pipeline parallelism, 1F1B", f"{_TRAINING}[pp2xep2]"),
+    Tested("interleaved pipeline (VPP), overlapped gradient reduction", f"{_TRAINING}[pp2xvpp2xep2 overlapped]"),
+    Tested("expert data parallelism, no_sync, overlapped gradient reduction", f"{_TRAINING}[ep2xdp2 overlapped]"),
+    Tested("full recomputation", f"{_TRAINING}[recompute full]"),
+    Tested("selective recomputation: moe", f"{_TRAINING}[recompute moe]"),
+    Tested("selective recomputation: layernorm; moe_act (GPU)", _GPU),
+    Tested(
+        "distributed optimizer, overlapped parameter gather, clipping",
+        f"{_TRAINING}[ep2xdp2, distributed optimizer, overlapped]",
+    ),
+    Tested("fused weight-gradient accumulation (Transformer Engine, 2 GPUs)", _GPU),
+    Tested("routing replay", f"{_TRAINING}[distributed optimizer, overlapped]"),
+    Tested(
+        "checkpoints written with and without balancing load either way",
+        "tests/rl/training/test_balancing.py::test_replicas_are_nobodys_parameters",
+    ),
+    Tested("jobs on megatron.training 0.19.2", "tests/megatron_ultraep/megatron/test_launch.py"),
+)
 
 REFUSED: tuple[Refusal, ...] = (
     Refusal(
@@ -224,3 +255,29 @@ def check_version(*, allow_untested: bool) -> str | None:
     if allow_untested:
         return found
     raise Unsupported(found + ": install one of them, or set allow_untested (--ultraep-allow-untested)")
+
+
+def table() -> str:
+    """The table of ``docs/support.md``, in Markdown."""
+    lines = ["| balancing works with | shown by |", "|---|---|"]
+    lines += [f"| {tested.feature} | `{tested.test}` |" for tested in TESTED]
+    lines += ["", "| balancing refuses | because |", "|---|---|"]
+    lines += [f"| {refusal.feature} | {refusal.sentence} |" for refusal in REFUSED]
+    return "\n".join(lines) + "\n"
+
+
+BEGIN, END = "<!-- balancing: begin -->\n", "<!-- balancing: end -->\n"
+
+
+def write_table(page: Path) -> None:
+    """Put the table between the two marks of a page."""
+    text = page.read_text()
+    before, rest = text.split(BEGIN)
+    page.write_text(before + BEGIN + table() + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        write_table(Path(name))
+    if not sys.argv[1:]:
+        print(table(), end="")

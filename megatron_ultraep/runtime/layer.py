@@ -118,14 +118,14 @@ class LayerBalancer:
             )
         self.place(call)
         homes = [parameter for parameters in self.experts.home_parameters for parameter in parameters]
-        flat = _Weights.apply(self, call, *homes)
+        flat = _Weights.apply(self, call, *homes)  # type: ignore[no-untyped-call]
         width = len(self.pool.shape.names)
         weights = [flat[i : i + width] for i in range(0, len(flat), width)]
         if self.experts.fused_gradients:
             self._prepare_fused(homes, flat)
         output = self.experts(weights, *inputs)
         if call.moves:
-            output = _BeforeBackward.apply(self, call, output)
+            output = _BeforeBackward.apply(self, call, output)  # type: ignore[no-untyped-call]
         return output
 
     def place(self, call: Call) -> None:

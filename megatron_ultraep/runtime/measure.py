@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -49,7 +50,7 @@ def measure_costs(
     token_ps, copy_ps = token_ns * 1000, copy_ns_per_mib * 1000 // 1024
     if not token_ps:
         small, large = 256, 2048
-        seconds = [_best(lambda tokens=tokens: experts.try_tokens(tokens), pool) for tokens in (small, large)]
+        seconds = [_best(functools.partial(experts.try_tokens, tokens), pool) for tokens in (small, large)]
         token_ps = max(1, round((seconds[1] - seconds[0]) / (large - small) * 1e12))
     if not copy_ps:
         # Every rank sends its first expert to the next rank of its node: all links busy, as in a real placement.

@@ -105,7 +105,8 @@ class CollectiveTransport:
         self, moves: Sequence[Move], slots: Buffers, staging: Buffers, add: Callable[[int, Parameters], None]
     ) -> None:
         for wave in _waves(moves, len(staging)):
-            sends, receives, arrived = [], [], []
+            sends, receives = [], []
+            arrived: list[tuple[int, Parameters]] = []
             for move in wave:
                 if move.rank == self.rank:
                     sends += [(tensor, move.home) for tensor in slots[move.slot]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +12,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_ultraep.config import BalanceConfig
+from megatron_ultraep.layout import ExpertLayout
 from megatron_ultraep.megatron import compat, cpu
-from megatron_ultraep.megatron.attach import attach, detach
+from megatron_ultraep.megatron.attach import attach, detach, make_balancer
 from megatron_ultraep.megatron.groups import ParallelLayout, create_groups
+from megatron_ultraep.megatron.support import Unsupported
 
 BALANCE = BalanceConfig(slots=2, min_tokens=1, gate=False, tolerance=0.0)
 
@@ -164,3 +168,100 @@ def worst(a: dict[str, Any], b: dict[str, Any]) -> tuple[float, str]:
         scale = float(b[name].abs().max())
         differences.append((float((a[name] - b[name]).abs().max()) / (scale or 1.0), name))
     return max(differences)
+
+
+def refusal(config: dict[str, Any], balance: BalanceConfig = BALANCE, layout: dict[str, Any] | None = None) -> str:
+    """What attach says of a layer with this configuration; the layer must be as it was."""
+    case = Case(tokens=(8,) * dist.get_world_size(), layout=layout or {})
+    layer = build(case)
+    # After building: some of these cannot be built here.
+    layer.config = copy.copy(layer.config)
+    for name, value in config.items():
+        setattr(layer.config, name, value)
+    before = dict(layer.__dict__), type(layer)
+    try:
+        attach(layer, balance)
+    except Unsupported as error:
+        assert (dict(layer.__dict__), type(layer)) == before
+        return str(error)
+    raise AssertionError(f"not refused: {config}")
+
+
+def permuted(case: Case, home_slot: tuple[int, ...]) -> dict[str, Any]:
+    """A stock layer beside a balanced one whose experts live elsewhere, with the same weights by logical expert."""
+    layer = build(case)
+    stock = run(case, layer)
+    experts = layer.config.num_moe_experts
+    world, rank = dist.get_world_size(), dist.get_rank()
+    layout = ExpertLayout(experts, world, home_slot)
+    local = [list(expert.parameters()) for expert in layer.experts.local_experts]
+    whole: list[Any] = [None] * world
+    dist.all_gather_object(whole, [[p.detach().clone() for p in expert] for expert in local])
+    logical = [expert for part in whole for expert in part]
+    with torch.no_grad():
+        for place, expert in enumerate(layout.experts_of(rank)):
+            for parameter, value in zip(local[place], logical[expert], strict=True):
+                parameter.copy_(value)
+    balancer = make_balancer(BALANCE, range(world))
+    balancer.adopt(layer, home_slot=home_slot)
+    balanced = run(case, layer)
+    names = [f"experts.local_experts.{{}}.{name}" for name, _ in layer.experts.local_experts[0].named_parameters()]
+    found = {}
+    for place, expert in enumerate(layout.experts_of(rank)):
+        for name in names:
+            found[expert, name] = balanced.pop(name.format(place))
+    per_rank = experts // world
+    expected = {(rank * per_rank + i, name): stock.pop(name.format(i)) for i in range(per_rank) for name in names}
+    balancer.release()
+    return {"stock": stock, "balanced": balanced, "home": found, "expected": expected, "replicas": balancer.replicas}
+
+
+def frozen_experts(case: Case) -> dict[str, Any]:
+    """Both runs of a layer whose experts are not trained."""
+    layer = build(case)
+    layer.experts.requires_grad_(False)
+    stock = run(case, layer)
+    balancer = attach(layer, BALANCE)
+    return {"stock": stock, "balanced": run(case, layer), "replicas": balancer.replicas}
+
+
+def left_alone() -> tuple[bool, bool]:
+    """Whether ``enabled=False`` changes nothing, and whether attaching twice is refused."""
+    case = Case()
+    layer = build(case)
+
+    def state(module: torch.nn.Module) -> list[Any]:
+        hooks = [{k: len(v) for k, v in m.__dict__.items() if "hook" in k and v} for m in module.modules()]
+        return [type(module), dict(module.__dict__), hooks, [id(m) for m in module.modules()]]
+
+    before = state(layer)
+    untouched = attach(layer, BalanceConfig(enabled=False)) is None and state(layer) == before
+    attach(layer, BALANCE)
+    try:
+        attach(layer, BALANCE)
+    except Unsupported as error:
+        return untouched, "already" in str(error)
+    return untouched, False
+
+
+def different_settings() -> str:
+    """What attach says when ranks are given different settings."""
+    layer = build(Case())
+    try:
+        attach(layer, dataclasses.replace(BALANCE, slots=1 + dist.get_rank()))
+    except Unsupported as error:
+        return str(error)
+    return ""
+
+
+def measured_gate() -> tuple[Any, int]:
+    """The gate's constants as measured on this rank, and the replicas made when a copy costs a fortune."""
+    case = Case(tokens=(64, 64))
+    layer = build(case)
+    balancer = attach(layer, BalanceConfig(slots=2, min_tokens=1))
+    costs = balancer.costs
+    assert all(p.grad is None for p in layer.parameters())
+    detach(layer)
+    dear = attach(layer, BalanceConfig(slots=2, min_tokens=1, token_ns=1, copy_ns_per_mib=10**9))
+    run(case, layer)
+    return costs, dear.replicas
