@@ -120,8 +120,10 @@ def main() -> int:
         runs = Runs(job, options.logs)
         for world in sorted(set(worlds)):
             compare(runs, world, options, adapted=False)
+            save(runs, options.json)
         for world in sorted(set(worlds)) if options.adapt else ():
             compare(runs, world, options, adapted=True)
+            save(runs, options.json)
     for file, reason in runs.uncollected.items():
         print(f"\nnot collected: {file}: {reason}")
     for adapted in (False, True) if options.adapt else (False,):
@@ -131,9 +133,13 @@ def main() -> int:
             else "\n== as written"
         )
         report(list(runs.collected), [r for r in runs.results if r.adapted == adapted])
-    if options.json:
-        options.json.write_text(json.dumps({"uncollected": runs.uncollected, "results": runs.dump()}, indent=1))
     return 1 if regressions(runs.results) else 0
+
+
+def save(runs: Runs, path: Path | None) -> None:
+    """Write what there is so far: a run that is cut off loses only what had not ended."""
+    if path:
+        path.write_text(json.dumps({"uncollected": runs.uncollected, "results": runs.dump()}, indent=1))
 
 
 def compare(runs: Runs, world: int, options: argparse.Namespace, *, adapted: bool) -> None:

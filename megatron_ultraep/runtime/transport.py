@@ -115,8 +115,8 @@ class CollectiveTransport:
                     arrived.append((move.place, buffer))
                     receives += [(tensor, move.rank) for tensor in buffer]
             self._exchange(sends, receives)
-            for place, buffer in arrived:
-                add(place, buffer)
+            for place, gradients in arrived:
+                add(place, gradients)
 
     def close(self) -> None:
         dist.destroy_process_group(self._group)
