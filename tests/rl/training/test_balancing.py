@@ -6,12 +6,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_ultraep.config import BalanceConfig
-from megatron_ultraep.megatron.attach import detach
+from megatron_ultraep.megatron.attach import attach, detach
 from rl.models.weights import export_weights
 from rl.training import checkpoint
 from rl.training.batch import MiniBatch
 from rl.training.passes import PassSettings
-from rl.training.worker import OptimizerSpec, PolicyObjective
+from rl.training.worker import OptimizerSpec, PolicyObjective, TrainWorker
 from tests.rl.training.balancing import BALANCE, Watch, biased_model, merge_steps, several_steps
 from tests.rl.training.common import LOSS, make_layout, make_samples, make_worker, worst
 
@@ -61,6 +61,34 @@ def test_training_equals_stock(ranks, directory, case):
     if spec["dtype"] == "float64":
         assert balanced["before_mean"] >= {2: 1.6, 4: 2.0}[layout["ep"]]
     assert balanced["over"] == 0, "left above max(1.05, bound + 1 token)"
+
+
+class AttachedEarly(TrainWorker):
+    """Balanced before DDP wraps the model and the optimizer is made."""
+
+    def _wrap_and_optimize(self):
+        self.early = attach(self.actor.chunks, BALANCE)
+        super()._wrap_and_optimize()
+
+
+def early_gradients(directory, layout):
+    """Gradients of one step of a model that was balanced before it was wrapped."""
+    spec = make_worker(directory, layout, **FLOAT64).spec
+    worker = AttachedEarly(spec)
+    samples = make_samples(worker.actor.arch, seed=0)
+    batch = MiniBatch.make(samples, make_layout(samples, spec.layout, 64)).part(worker.groups.coordinates["dp"])
+    worker.gradients(batch, 0, PolicyObjective(LOSS, SETTINGS, "own"))
+    tensors = {n: t.double().numpy().copy() for n, t in export_weights(worker.actor, source="main_grad")}
+    return tensors, worker.early.replicas
+
+
+def test_attached_before_wrapping(ranks, directory):
+    stock, _ = both(ranks, directory, 2, {"ep": 2}, FLOAT64, steps=1)
+    tensors = {}
+    for found, replicas in ranks(2).run(early_gradients, directory, {"ep": 2}):
+        tensors |= found
+        assert replicas > 0
+    assert worst(tensors, stock["tensors"]) <= 1e-8
 
 
 def late_join(directory, layout):
