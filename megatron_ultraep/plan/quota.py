@@ -9,6 +9,7 @@ Each node is planned by itself: replicas never leave it. Targets and policies ar
       + (fixed_ps + replica_ps * most replicas that one rank sends or receives, where there is a replica)
 
   and none at all where that is no longer than it is without replicas;
+  and none either on a node that would wait for a busier node all the same;
 - without a gate the one of the fewest replicas within the tolerance or, where none reaches it, the lowest found.
 
 Invariants, whatever the loads:
@@ -67,12 +68,31 @@ def solve(loads: Array, layout: ExpertLayout, settings: PlanSettings | None = No
     )
     if valid != search.VALID:
         raise ValueError(_complaint(loads, valid))
-    return Plan(
-        layout,
-        replica_expert,
-        quota,
-        tuple(NodeDecision(_OUTCOMES[outcome], *numbers) for outcome, *numbers in decisions.tolist()),
-    )
+    made = [NodeDecision(_OUTCOMES[outcome], *numbers) for outcome, *numbers in decisions.tolist()]
+    if settings.costs is not None:
+        _spare_idle_nodes(loads, layout, replica_expert, quota, made)
+    return Plan(layout, replica_expert, quota, tuple(made))
+
+
+def _spare_idle_nodes(
+    loads: Array, layout: ExpertLayout, replica_expert: Array, quota: Array, decisions: list[NodeDecision]
+) -> None:
+    """Take replicas back from nodes that would have waited for another node all the same; in place.
+
+    The layer ends when the busiest rank of all nodes does. A node whose busiest rank has no more tokens without
+    replicas than that one saves nothing by copying.
+    """
+    slowest = max(decision.after for decision in decisions)
+    width = layout.experts_per_rank + layout.slots
+    for node, decision in enumerate(decisions):
+        if decision.outcome != "balanced" or decision.before > slowest:
+            continue
+        for rank in range(node * layout.node_size, (node + 1) * layout.node_size):
+            replica_expert[rank] = -1
+            quota[:, rank * width : (rank + 1) * width] = 0
+            homes = list(layout.experts_of(rank))
+            quota[:, rank * width : rank * width + len(homes)] = loads[:, homes]
+        decisions[node] = NodeDecision("gain_below_cost", decision.before, decision.before, decision.bound)
 
 
 def check_shape(loads: Array, layout: ExpertLayout) -> None:

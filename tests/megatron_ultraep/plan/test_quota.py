@@ -252,6 +252,20 @@ def test_dearer_copies_never_balance_further(problem):
     assert (np.diff(after, axis=0) >= 0).all()
 
 
+def test_a_node_that_waits_for_another_makes_no_replicas():
+    layout = ExpertLayout(8, 4, node_size=2, slots=1)
+    loads = np.zeros((4, 8), dtype=np.int64)
+    loads[:, 0:4] = [[50, 50, 0, 0]] * 4  # node 0: 400 and 0 tokens
+    loads[:, 4:8] = [[300, 300, 250, 250]] * 4  # node 1: 2400 and 2000
+    free = Costs(1000, 0, 0)
+    plan = solve(loads, layout, PlanSettings(min_tokens=1, costs=free))
+    assert [d.outcome for d in plan.decisions] == ["gain_below_cost", "balanced"]
+    assert plan.before.tolist()[:2] == plan.after.tolist()[:2] == [400, 0]
+    assert plan.after.max() < plan.before.max()
+    assert np.array_equal(plan.loads, loads)
+    assert solve(loads, layout, PlanSettings(min_tokens=1)).decisions[0].outcome == "balanced"  # no gate
+
+
 # Quality ------------------------------------------------------------------------------------------------------------
 
 
