@@ -46,6 +46,7 @@ from megatron_ultraep.telemetry.recorder import Recorder
 log = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_ultraep"
+_MOST_COUNTED = 100_000  # (micro-batch, layer)s that metrics are kept of
 _STAGES = {
     "preprocess": ["self", "hidden_states", "probs", "routing_map"],
     "routed_experts_compute": ["self", "hidden_states", "probs"],
@@ -189,6 +190,8 @@ class Balancer:
             key = self._key(number)
             if (key, number) in self._counted:
                 return  # recomputation
+            if len(self._counted) >= _MOST_COUNTED:  # nobody asks for metrics
+                self.metrics()
             self._counted.add((key, number))
             self.replicas += len(plan.replicas)
             self._metrics.add(number, plan)
@@ -207,7 +210,10 @@ class Balancer:
         return MicroBatchKey("model", "train", 0, count)
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of the plans since the last call, e.g. ``moe/imbalance_before``; empty without any."""
+        """Metrics of the plans since the last call, e.g. ``moe/imbalance_before/mean``; empty without any.
+
+        See :mod:`megatron_ultraep.telemetry.metrics`. Of very long times between calls, only the newest plans count.
+        """
         self._counted.clear()
         return self._metrics.finish()
 

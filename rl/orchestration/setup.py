@@ -477,7 +477,11 @@ def _trainer_spec(config: RunConfig) -> TrainerSpec:
         reference=config.keeps_reference,
         seed=config.run.seed,
         collective_s=config.run.limits.collective_s,
-        balance=config.balance.settings(config.output_dir, allow_untested=config.allow_untested),
+        balance=(
+            config.balance.settings(config.output_dir, allow_untested=config.allow_untested)
+            if config.balance.enabled
+            else None
+        ),
     )
 
 
