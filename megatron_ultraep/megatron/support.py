@@ -68,8 +68,17 @@ def _unknown_experts(layer: Any) -> bool:
     return not isinstance(layer.experts, known)
 
 
+def _of_transformer_engine(layer: Any) -> bool:
+    """Whether the experts' linear layers are Transformer Engine's."""
+    return any(hasattr(module, "fuse_wgrad_accumulation") for module in layer.experts.modules())
+
+
 def _local_fusion(layer: Any) -> bool:
-    return bool(layer.config.gradient_accumulation_fusion) and not compat.has_transformer_engine()
+    return bool(layer.config.gradient_accumulation_fusion) and not _of_transformer_engine(layer)
+
+
+def _sequential_of_transformer_engine(layer: Any) -> bool:
+    return isinstance(layer.experts, compat.sequential_mlp_class()) and _of_transformer_engine(layer)
 
 
 def _overridden(layer: Any) -> bool:
@@ -208,6 +217,16 @@ REFUSED: tuple[Refusal, ...] = (
         "expert modules other than SequentialMLP and TEGroupedMLP",
         _unknown_experts,
         "use SequentialMLP or TEGroupedMLP experts (moe_grouped_gemm with Transformer Engine, no legacy grouped GEMM)",
+    ),
+    Refusal(
+        "SequentialMLP of Transformer Engine's linear layers",
+        _sequential_of_transformer_engine,
+        "with Transformer Engine experts are tested in one grouped GEMM: set moe_grouped_gemm",
+    ),
+    Refusal(
+        "fused permutation",
+        _set("moe_permute_fusion"),
+        "moe_permute_fusion was not tested with physical experts: turn it off",
     ),
     Refusal(
         "gradient accumulation fusion in local linear layers",

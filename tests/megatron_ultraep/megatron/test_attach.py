@@ -113,6 +113,7 @@ REFUSALS = {
     "probs on input": ({"moe_apply_probs_on_input": True}, "moe_apply_probs_on_input was not tested"),
     "grouped": ({"moe_single_grouped_weight": True}, "each expert must have weights of its own"),
     "offloading": ({"fine_grained_activation_offloading": True}, "activation offloading was not tested"),
+    "permutation": ({"moe_permute_fusion": True}, "moe_permute_fusion was not tested"),
     "inference": ({"transformer_impl": "inference_optimized"}, "has no backward"),
     "fusion": ({"gradient_accumulation_fusion": True}, "turn it off"),
 }
