@@ -69,7 +69,6 @@ class PhysicalExperts:
         Raises:
             RuntimeError: experts that return a bias, which the dispatcher could not combine.
         """
-        self.before_reading()
         self._twin.train(self._stock.training)
         for places, parameters in zip(self._places, weights, strict=True):
             for (module, name), tensor in zip(places, parameters, strict=True):

@@ -116,6 +116,7 @@ class LayerBalancer:
             raise RuntimeError(
                 "a balanced MoE layer computes without having routed: its stages were called out of order"
             )
+        self.experts.before_reading()
         self.place(call)
         homes = [parameter for parameters in self.experts.home_parameters for parameter in parameters]
         flat = _Weights.apply(self, call, *homes)  # type: ignore[no-untyped-call]
@@ -132,7 +133,6 @@ class LayerBalancer:
         """Fill the slots with the replicas of this call, unless they hold them still."""
         if not call.moves or self.pool.holder is call.token:
             return
-        self.experts.before_reading()
         self.pool.holder = None
         self.transport.place(call.moves, self.experts.home_parameters.__getitem__, self.pool.weights)
         self.pool.holder = call.token

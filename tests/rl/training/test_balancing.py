@@ -131,16 +131,15 @@ def test_a_late_join_is_caught(ranks, directory):
     assert worst(tensors, stock["tensors"]) > 1e-3
 
 
+def float32_worker(directory, layout, balance):
+    """A rank with the distributed optimizer."""
+    spec = {"dtype": "float32", "distributed_optimizer": True, "optimizer": OptimizerSpec(lr=1e-3)}
+    return make_worker(directory, layout, balance=balance, **spec)
+
+
 def what_others_see(directory, layout, balance, path):
     """Everything that must not know of replicas, after two steps; then the checkpoint is written."""
-    worker = make_worker(
-        directory,
-        layout,
-        balance=balance,
-        optimizer=OptimizerSpec(lr=1e-3),
-        dtype="float32",
-        distributed_optimizer=True,
-    )
+    worker = float32_worker(directory, layout, balance)
     watch = Watch(worker)
     samples = make_samples(worker.actor.arch)
     batch = MiniBatch.make(samples, make_layout(samples, worker.spec.layout)).part(worker.groups.coordinates["dp"])
@@ -174,14 +173,7 @@ def buffers(worker):
 
 def trained_after(directory, layout, balance, path):
     """Weights after loading a checkpoint and one more step."""
-    worker = make_worker(
-        directory,
-        layout,
-        balance=balance,
-        optimizer=OptimizerSpec(lr=1e-3),
-        dtype="float32",
-        distributed_optimizer=True,
-    )
+    worker = float32_worker(directory, layout, balance)
     checkpoint.load(worker, path)
     samples = make_samples(worker.actor.arch, seed=9)
     batch = MiniBatch.make(samples, make_layout(samples, worker.spec.layout)).part(worker.groups.coordinates["dp"])
