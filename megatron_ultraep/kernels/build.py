@@ -15,7 +15,7 @@ import torch
 
 _SOURCES = Path(__file__).parent / "csrc"
 
-Target = Literal["cuda", "host"]
+Target = Literal["cuda", "host", "lanes"]
 
 
 class BuildError(RuntimeError):
@@ -26,7 +26,8 @@ class Library:
     """The compiled kernels. Every function checks what it launches.
 
     Args:
-        target: ``cuda``, or ``host``: the same kernels on the CPU, synchronous, for tests and for reading along.
+        target: ``cuda``, or ``host``: the same kernels on the CPU, synchronous, for tests and for reading along; or
+            ``lanes``: on the CPU with warps of 32, slowly, for tests of what only such warps do (``csrc/lanes.h``).
     """
 
     def __init__(self, target: Target) -> None:
@@ -77,11 +78,12 @@ def _compile(target: Target) -> str:
             f"({torch.version.cuda}) or set CUDA_HOME; or use transport: collective"
         )
     name = f"ultraep_{target}"
+    lanes = ["-DULTRAEP_HOST_LANES"] if target == "lanes" else []
     try:
         cpp_extension.load(
             name=name,
             sources=[str(_SOURCES / ("kernels.cu" if target == "cuda" else "kernels_host.cpp"))],
-            extra_cflags=["-O2", "-std=c++17", "-Wall", "-Wno-unknown-pragmas"],
+            extra_cflags=["-O2", "-std=c++17", "-Wall", "-Wno-unknown-pragmas", *lanes],
             extra_cuda_cflags=["-O3", "-std=c++17", "--expt-relaxed-constexpr"],
             extra_include_paths=[str(_SOURCES)],
             with_cuda=target == "cuda",

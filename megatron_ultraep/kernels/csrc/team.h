@@ -5,7 +5,10 @@
 //
 // 1. Collective calls (sync, sum, ...) are made by all members, so loops around them have the same trip count for all.
 // 2. Work is dealt out as `for (int i = team.rank(); i < n; i += team.size())`.
-// 3. Between writing shared memory and another member's reading it there is a `sync`.
+// 3. Between writing shared memory and another member's reading it there is a `sync`; the other collective calls order
+//    no memory.
+//
+// For tests of what only teams of many members do there is a third kind: fibers on a CPU (lanes.h).
 #pragma once
 
 #include <cstddef>
@@ -15,10 +18,12 @@
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 #define ULTRAEP_DEVICE __device__ __forceinline__
+#define ULTRAEP_BOTH __host__ __device__ __forceinline__  // for kernels and their launchers
 #else
 #include <algorithm>
 #include <vector>
 #define ULTRAEP_DEVICE inline
+#define ULTRAEP_BOTH inline
 #endif
 
 namespace ultraep {
@@ -46,6 +51,13 @@ struct Warp {
   __device__ __forceinline__ int size() const { return 32; }
   __device__ __forceinline__ void sync() const { __syncwarp(); }
   __device__ __forceinline__ bool any(bool value) const { return __any_sync(~0u, value); }
+  // Members for which it is true: all of them, and those before this one.
+  __device__ __forceinline__ int count(bool value) const { return __popc(__ballot_sync(~0u, value)); }
+  __device__ __forceinline__ int count_before(bool value, int& total) const {
+    unsigned members = __ballot_sync(~0u, value);
+    total = __popc(members);
+    return __popc(members & ((1u << rank()) - 1));
+  }
 
   // The same value for all members; `join` is associative and commutative.
   template <class T, class Join>
@@ -56,14 +68,23 @@ struct Warp {
   }
   template <class T>
   __device__ __forceinline__ T sum(T value) const {
+#if __CUDA_ARCH__ >= 800
+    if constexpr (is_word<T>) return __reduce_add_sync(~0u, value);
+#endif
     return reduce(value, [](T a, T b) { return a + b; });
   }
   template <class T>
   __device__ __forceinline__ T min(T value) const {
+#if __CUDA_ARCH__ >= 800
+    if constexpr (is_word<T>) return __reduce_min_sync(~0u, value);
+#endif
     return reduce(value, [](T a, T b) { return smaller(a, b); });
   }
   template <class T>
   __device__ __forceinline__ T max(T value) const {
+#if __CUDA_ARCH__ >= 800
+    if constexpr (is_word<T>) return __reduce_max_sync(~0u, value);
+#endif
     return reduce(value, [](T a, T b) { return larger(a, b); });
   }
   // Sum over the members before this one; `total` is the sum over all.
@@ -85,6 +106,10 @@ struct Warp {
   }
 
  private:
+  // What one instruction reduces.
+  template <class T>
+  static constexpr bool is_word = std::is_same<T, int>::value || std::is_same<T, unsigned>::value;
+
   template <class T>
   __device__ __forceinline__ static T shuffle_xor(T value, int distance) {
     if constexpr (sizeof(T) <= 8 && std::is_arithmetic<T>::value) {
@@ -128,13 +153,18 @@ int launch(const Kernel& kernel, int blocks, int threads, size_t shared, void* s
   return (int)cudaGetLastError();
 }
 
-#else
+#elif !defined(ULTRAEP_HOST_LANES)
 
 struct Warp {
   int rank() const { return 0; }
   int size() const { return 1; }
   void sync() const {}
   bool any(bool value) const { return value; }
+  int count(bool value) const { return value; }
+  int count_before(bool value, int& total) const {
+    total = value;
+    return 0;
+  }
   template <class T, class Join>
   T reduce(T value, Join) const {
     return value;
@@ -189,3 +219,7 @@ int launch(const Kernel& kernel, int blocks, int, size_t shared, void*) {
 #endif
 
 }  // namespace ultraep
+
+#if defined(ULTRAEP_HOST_LANES)
+#include "lanes.h"
+#endif
