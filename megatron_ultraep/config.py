@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-TransportName = Literal["auto", "collective"]
+TransportName = Literal["auto", "collective", "symmetric"]
 
 
 def _option(default: Any, help_text: str, *, metavar: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
@@ -61,8 +61,10 @@ class BalanceConfig:
     )
     transport: TransportName = _option(  # noqa: RUF009 - it is dataclasses.field
         "auto",
-        "How weights and gradients travel: 'collective' works on gloo and NCCL; 'auto' takes the fastest that works.",
-        choices=("auto", "collective"),
+        "How weights and gradients travel: 'symmetric' through memory that the GPUs of a node share over NVLink, with "
+        "planning on the GPU; 'collective' over gloo or NCCL, with planning on the host; 'auto' takes 'symmetric' on "
+        "GPUs where it works.",
+        choices=("auto", "collective", "symmetric"),
     )
     record: str = _option(
         "", "Directory for load records (loads and replicas of every micro-batch of every layer). Empty: none.",
@@ -96,8 +98,8 @@ class BalanceConfig:
             )
         if not self.gate and (self.token_ns or self.copy_ns_per_mib):
             problems.append("token_ns and copy_ns_per_mib belong to the gate, which is off: drop them or set gate")
-        if self.transport not in ("auto", "collective"):
-            problems.append(f"transport must be 'auto' or 'collective', got {self.transport!r}")
+        if self.transport not in ("auto", "collective", "symmetric"):
+            problems.append(f"transport must be 'auto', 'collective' or 'symmetric', got {self.transport!r}")
         if self.record_mib < 1:
             problems.append(f"record_mib must be >= 1 MiB, got {self.record_mib}")
         if problems:

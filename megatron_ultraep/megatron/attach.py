@@ -11,8 +11,12 @@ same dispatcher over physical experts. Nothing of Megatron is patched; its modul
 |---|---|---|
 | ``route`` | logical probs and map; auxiliary losses, expert bias | the same code |
 | ``preprocess`` | dispatcher's preprocess | gather loads, plan, reroute; then the same code over physical experts |
-| ``dispatch``, ``combine``, ``postprocess``, shared experts | | the same code |
+| ``dispatch``, ``combine``, shared experts | | the same code |
 | ``routed_experts_compute`` | experts | the same between: weights into slots, experts over homes and slots |
+| ``postprocess`` | | the same code, then a mark where backward begins |
+
+A forward pre-hook on the transformer layer marks what the replicas' gradients can hide behind; without one (a MoE layer
+that is in none) they hide behind less.
 """
 
 from __future__ import annotations
@@ -20,8 +24,8 @@ from __future__ import annotations
 import atexit
 import inspect
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -36,10 +40,14 @@ from megatron_ultraep.megatron.dispatcher import physical_dispatcher
 from megatron_ultraep.megatron.experts import PhysicalExperts
 from megatron_ultraep.megatron.support import Unsupported, check_version, refusals
 from megatron_ultraep.plan.types import Costs, Plan, PlanSettings
+from megatron_ultraep.runtime import choose
 from megatron_ultraep.runtime.layer import LayerBalancer
 from megatron_ultraep.runtime.measure import measure_costs
+from megatron_ultraep.runtime.planning import DevicePlanner, HostPlanner, Planned, Planner
 from megatron_ultraep.runtime.slots import ExpertShape, SlotPool
-from megatron_ultraep.runtime.transport import CollectiveTransport, Transport
+from megatron_ultraep.runtime.stopwatch import Stopwatch
+from megatron_ultraep.runtime.symmetric import SymmetricTransport
+from megatron_ultraep.runtime.transport import Transport
 from megatron_ultraep.telemetry.metrics import StepMetrics
 from megatron_ultraep.telemetry.recorder import Recorder
 
@@ -47,14 +55,16 @@ log = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_ultraep"
 _MOST_COUNTED = 100_000  # (micro-batch, layer)s that metrics are kept of
+_MOST_ARRIVING = 64  # plans on their way from the device
 _STAGES = {
     "preprocess": ["self", "hidden_states", "probs", "routing_map"],
     "routed_experts_compute": ["self", "hidden_states", "probs"],
+    "postprocess": ["self", "output", "shared_expert_output"],
 }
 
 
 class _BalancedStages:
-    """The two stages that change; mixed into the class of a layer by :func:`_balanced_class`."""
+    """The stages that change; mixed into the class of a layer by :func:`_balanced_class`."""
 
     def preprocess(self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor) -> Any:
         balancer: LayerBalancer = getattr(self, _ATTRIBUTE).balancer
@@ -65,6 +75,10 @@ class _BalancedStages:
         dispatcher: Any = self.token_dispatcher  # type: ignore[attr-defined]
         inputs = dispatcher.dispatch_postprocess(hidden_states, probs)
         return dispatcher.combine_preprocess(balancer.compute(*inputs)), None
+
+    def postprocess(self, output: torch.Tensor, shared_expert_output: torch.Tensor | None) -> torch.Tensor:
+        balancer: LayerBalancer = getattr(self, _ATTRIBUTE).balancer
+        return balancer.combined(super().postprocess(output, shared_expert_output))  # type: ignore[misc]
 
 
 _classes: dict[type, type] = {}
@@ -79,11 +93,14 @@ def _balanced_class(stock: type) -> type:
 class _Attached:
     """What a balanced layer carries, and what gives it back as it was."""
 
-    def __init__(self, owner: Balancer, balancer: LayerBalancer, stock_class: type, stock_dispatcher: Any) -> None:
+    def __init__(
+        self, owner: Balancer, balancer: LayerBalancer, stock_class: type, stock_dispatcher: Any, hook: Any
+    ) -> None:
         self.owner = owner
         self.balancer = balancer
         self.stock_class = stock_class
         self.stock_dispatcher = stock_dispatcher
+        self.hook = hook
 
 
 class Balancer:
@@ -93,14 +110,15 @@ class Balancer:
         config: what it was made with.
         transport: of this rank's expert-parallel group; None on a rank without MoE layers.
         costs: what the gate weighs; None while nothing was measured, and without a gate.
-        replicas: replicas made since the start, over the whole expert-parallel group.
     """
 
     def __init__(self, config: BalanceConfig, transport: Transport | None, name: str) -> None:
         self.config = config
         self.transport = transport
         self.costs: Costs | None = None
-        self.replicas = 0
+        self._replicas = 0
+        self._watch: Stopwatch | None = None
+        self._arriving: deque[tuple[MicroBatchKey, int, Planned]] = deque()
         self._name = name
         self._layers: list[torch.nn.Module] = []
         self._pools: dict[ExpertShape, SlotPool] = {}
@@ -115,12 +133,14 @@ class Balancer:
         # Recomputed layers must find the key of the forward that saved them, or records count them twice.
         microbatch.install()
 
-    def adopt(self, layer: Any, *, home_slot: tuple[int, ...] = ()) -> None:
-        """Balance one stock MoE layer; no communication except where the gate measures.
+    def adopt(self, layer: Any, *, home_slot: tuple[int, ...] = (), parent: torch.nn.Module | None = None) -> None:
+        """Balance one stock MoE layer. Collective over the expert-parallel group.
 
         Args:
             layer: a Megatron-core ``MoELayer`` on this balancer's expert-parallel group.
             home_slot: where experts live, a permutation; as Megatron has them by default.
+            parent: the transformer layer it is in; what comes before the experts there hides the way home of replicas'
+                gradients.
 
         Raises:
             Unsupported: a layer that cannot be balanced, with what to change.
@@ -134,23 +154,35 @@ class Balancer:
         experts = PhysicalExperts(layer.experts, layout.slots)
         pool = self._pools.get(experts.shape)
         if pool is None:
-            pool = self._pools[experts.shape] = SlotPool(experts.shape, layout.slots, staging=layout.slots)
+            pool = self._pools[experts.shape] = self.transport.make_pool(experts.shape, layout.slots)
         if self.config.gate and self.costs is None:
             self.costs = self._measure(experts, pool, layout)
+        if self._watch is None:
+            self._watch = Stopwatch(experts.shape.device)
+        planner = self._planner(layer, layout, experts.shape.device)
+        balancer = LayerBalancer(layout, experts, pool, self.transport, planner, self._observer(layer), self._watch)
+        stock = layer.token_dispatcher
+        hook = None if parent is None else parent.register_forward_pre_hook(lambda *_: balancer.begin())
+        attached = _Attached(self, balancer, type(layer), stock, hook)
+        layer.token_dispatcher = physical_dispatcher(stock, layout, self.transport.rank, balancer)
+        object.__setattr__(layer, _ATTRIBUTE, attached)
+        layer.__class__ = _balanced_class(type(layer))
+        self._layers.append(layer)
+
+    def _planner(self, layer: Any, layout: ExpertLayout, device: torch.device) -> Planner:
+        assert self.transport is not None
+        assert self._watch is not None
         settings = PlanSettings(self.config.min_tokens, self.config.tolerance_ppm, self.costs)
+        if isinstance(self.transport, SymmetricTransport):
+            try:
+                return DevicePlanner(layout, settings, self.transport.rank, device, self._watch)
+            except ValueError as error:
+                log.warning("%s is planned on the host: %s", _name(layer), error)
 
         def solve(loads: np.ndarray, layout: ExpertLayout) -> Plan:
             return planners.solve(loads, layout, settings)
 
-        balancer = LayerBalancer(
-            layout, layer.config.moe_router_topk, experts, pool, self.transport, solve, self._observer(layer)
-        )
-        stock = layer.token_dispatcher
-        attached = _Attached(self, balancer, type(layer), stock)
-        layer.token_dispatcher = physical_dispatcher(stock, layout, self.transport.rank)
-        object.__setattr__(layer, _ATTRIBUTE, attached)
-        layer.__class__ = _balanced_class(type(layer))
-        self._layers.append(layer)
+        return HostPlanner(layout, layer.config.moe_router_topk, solve, self._watch)
 
     def _layout(self, layer: Any, home_slot: tuple[int, ...]) -> ExpertLayout:
         assert self.transport is not None
@@ -184,8 +216,8 @@ class Balancer:
             )
         return costs
 
-    def _observer(self, layer: Any) -> Callable[[Plan], None]:
-        def observe(plan: Plan) -> None:
+    def _observer(self, layer: Any) -> Callable[[Planned], None]:
+        def observe(planned: Planned) -> None:
             number = int(layer.layer_number or 0)
             key = self._key(number)
             if (key, number) in self._counted:
@@ -193,12 +225,45 @@ class Balancer:
             if len(self._counted) >= _MOST_COUNTED:  # nobody asks for metrics
                 self.metrics()
             self._counted.add((key, number))
-            self.replicas += len(plan.replicas)
-            self._metrics.add(number, plan)
-            if self._recorder is not None:
-                self._recorder.record(key, number, plan)
+            self._arriving.append((key, number, planned))
+            # Plans made on a device come to the host later; the host waits for one only when many are on their way.
+            while self._arriving and (len(self._arriving) > _MOST_ARRIVING or self._arriving[0][2].ready()):
+                self._take(*self._arriving.popleft())
 
         return observe
+
+    def _take(self, key: MicroBatchKey, number: int, planned: Planned) -> None:
+        plan = planned.plan
+        self._replicas += len(plan.replicas)
+        self._metrics.add(number, plan)
+        if self._recorder is not None:
+            self._recorder.record(key, number, plan)
+
+    def _take_all(self) -> None:
+        while self._arriving:
+            self._take(*self._arriving.popleft())
+
+    @property
+    def replicas(self) -> int:
+        """Replicas made since the start, over the whole expert-parallel group; waits for the device."""
+        self._take_all()
+        return self._replicas
+
+    def timings(self, on: bool | None = None) -> dict[str, float]:
+        """How long parts of balancing held up the computing stream: mean time of one layer's call by part (us).
+
+        Args:
+            on: starts or ends timing; None leaves it as it is.
+
+        Returns:
+            what was timed since the last call; waits for the device.
+        """
+        if self._watch is None:
+            return {}
+        measured = self._watch.read()
+        if on is not None:
+            self._watch.on = on
+        return measured
 
     def _key(self, layer: int) -> MicroBatchKey:
         key = microbatch.current_key_or_none()
@@ -214,6 +279,7 @@ class Balancer:
 
         See :mod:`megatron_ultraep.telemetry.metrics`. Of very long times between calls, only the newest plans count.
         """
+        self._take_all()
         self._counted.clear()
         return self._metrics.finish()
 
@@ -233,10 +299,13 @@ class Balancer:
             attached: _Attached = getattr(layer, _ATTRIBUTE)
             layer.__class__ = attached.stock_class
             layer.token_dispatcher = attached.stock_dispatcher
+            if attached.hook is not None:
+                attached.hook.remove()
             object.__delattr__(layer, _ATTRIBUTE)
-        self._layers.clear()
-        self._pools.clear()
         self.close()
+        self._layers.clear()
+        self._arriving.clear()
+        self._pools.clear()
         if self.transport is not None:
             self.transport.close()
             self.transport = None
@@ -244,6 +313,7 @@ class Balancer:
     def close(self) -> None:
         """Write what is left of the records. Layers stay balanced."""
         if self._recorder is not None:
+            self._take_all()
             self._recorder.close()
             self._recorder = None
         atexit.unregister(self.close)
@@ -277,9 +347,10 @@ def attach(
     if not problem:
         problem = next((f"{_name(layer)}: {reason}" for layer in layers for reason in _reasons(layer)), "")
     balancer = make_balancer(config, mine, problem=problem, timeout_s=timeout_s)
+    parents = _parents(model)
     try:
         for layer in layers:
-            balancer.adopt(layer)
+            balancer.adopt(layer, parent=parents.get(id(layer)))
     except BaseException:
         balancer.release()
         raise
@@ -305,24 +376,38 @@ def make_balancer(
         log.warning("%s", warning)
     mine = tuple(ranks)
     told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (mine, problem, config))
-    first = next(((rank, said) for rank, (_, said, _) in enumerate(told) if said), None)
+    dist.all_gather_object(told, (mine, problem, config, choose.means(config.transport)))
+    first = next(((rank, said) for rank, (_, said, _, _) in enumerate(told) if said), None)
     if first is not None:
         raise Unsupported(f"the model cannot be balanced: {first[1]} (rank {first[0]})")
-    differs = next((rank for rank, (_, _, other) in enumerate(told) if _shared(other) != _shared(config)), None)
+    differs = next((rank for rank, (_, _, other, _) in enumerate(told) if _shared(other) != _shared(config)), None)
     if differs is not None:
         raise Unsupported(
             f"ranks were given different settings: rank {dist.get_rank()} {config}, rank {differs} {told[differs][2]}"
         )
-    groups = sorted({group for group, _, _ in told if group})
+    groups = sorted({group for group, _, _, _ in told if group})
     if not groups:
         raise Unsupported("the model cannot be balanced: it has no MoE layer on any rank")
-    transport: Transport | None = None
-    for group in groups:  # every rank creates every group, in one order
-        made = dist.new_group(list(group), timeout=timedelta(seconds=timeout_s))
-        if group == mine:
-            transport = CollectiveTransport(made)
+    symmetric = _symmetric(config, groups, [means for _, _, _, means in told])
+    transport = choose.make_transport(groups, mine, config.node_size, symmetric=symmetric, timeout_s=timeout_s)
     return Balancer(config, transport, name=f"ranks-{mine[0]}-{mine[-1]}" if mine else "none")
+
+
+def _symmetric(config: BalanceConfig, groups: Sequence[tuple[int, ...]], told: Sequence[choose.Means]) -> bool:
+    """Whether weights and gradients travel through symmetric memory; the same on every rank."""
+    if config.transport == "collective":
+        return False
+    # A node size that no layout allows is refused where layers are adopted.
+    if config.node_size and any(len(group) % config.node_size for group in groups):
+        return False
+    why_not = choose.why_not_symmetric(groups, config.node_size, told)
+    if not why_not:
+        return True
+    if config.transport == "symmetric":
+        raise Unsupported(f"transport 'symmetric' cannot be used: {why_not}")
+    if dist.get_rank() == 0:
+        log.info("balancing: transport 'collective': %s", why_not)
+    return False
 
 
 def _shared(config: BalanceConfig) -> tuple[Any, ...]:
@@ -341,6 +426,14 @@ def moe_layers(model: torch.nn.Module | Sequence[torch.nn.Module]) -> list[Any]:
     """The MoE layers of a model's chunks, in order."""
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     return [m for chunk in chunks for m in chunk.modules() if isinstance(m, compat.moe_layer_class())]
+
+
+def _parents(model: torch.nn.Module | Sequence[torch.nn.Module]) -> dict[int, torch.nn.Module]:
+    """The transformer layer of each MoE layer, by the id of the latter."""
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    kind = compat.moe_layer_class()
+    found = ((getattr(module, "mlp", None), module) for chunk in chunks for module in chunk.modules())
+    return {id(mlp): module for mlp, module in found if isinstance(mlp, kind)}
 
 
 def _reasons(layer: Any) -> list[str]:

@@ -1,24 +1,75 @@
-"""The stock all-to-all dispatcher, built again for physical experts."""
+"""The stock all-to-all dispatcher, built again for physical experts, with the counts that the plan knows already."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
+
+import torch
 
 from megatron_ultraep.layout import ExpertLayout
 from megatron_ultraep.megatron import compat
+from megatron_ultraep.megatron.support import Unsupported
+from megatron_ultraep.runtime.layer import LayerBalancer
+
+_ATTRIBUTES = ("input_splits", "output_splits", "cuda_sync_point", "ep_rank", "ep_size", "tp_size", "drop_and_pad")
 
 
-def physical_dispatcher(stock: Any, layout: ExpertLayout, rank: int) -> Any:
+class _PlannedCounts:
+    """Mixed into the stock dispatcher: one stage changes.
+
+    The stock stage counts the tokens of each expert and gathers the counts of all ranks. The plan was made from
+    gathered loads, so its quotas are those counts, and the gather is saved.
+    """
+
+    balancer: LayerBalancer
+
+    def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
+        """Tokens of each physical expert of this rank, int64 ``[L + R]``; splits are left in the attributes."""
+        dispatcher: Any = self
+        quota = self.balancer.planned.quota
+        width = dispatcher.num_local_experts
+        received = quota[:, dispatcher.ep_rank * width : (dispatcher.ep_rank + 1) * width].contiguous()
+        dispatcher.num_out_tokens = routing_map.size(0) * dispatcher.config.moe_router_topk
+        dispatcher.input_splits = quota[dispatcher.ep_rank].view(dispatcher.ep_size, width).sum(1)
+        dispatcher.output_splits = received.sum(1)
+        dispatcher.output_splits_tp = None
+        dispatcher.num_global_tokens_per_local_expert = received
+        dispatcher._maybe_update_cuda_sync_point("before_ep_alltoall")
+        return received.sum(0)
+
+
+def physical_dispatcher(stock: Any, layout: ExpertLayout, rank: int, balancer: LayerBalancer) -> Any:
     """A dispatcher like ``stock`` whose experts are the physical ones: homes and slots of every rank.
 
     Args:
         stock: the dispatcher of a stock MoE layer; stays as it is.
         layout: homes and slots.
         rank: this rank in the expert-parallel group.
+        balancer: whose last plan the counts come from.
+
+    Raises:
+        Unsupported: a dispatcher that is not what was tried.
     """
+    _check(stock)
     width = layout.experts_per_rank + layout.slots
     config = copy.copy(stock.config)
     config.num_moe_experts = layout.ranks * width
     groups = compat.process_group_collection(ep=stock.ep_group, expt_tp=stock.tp_group, tp_ep=stock.tp_ep_group)
-    return type(stock)(width, list(range(rank * width, (rank + 1) * width)), config=config, pg_collection=groups)
+    kind = type(f"Planned{type(stock).__name__}", (_PlannedCounts, type(stock)), {"__module__": __name__})
+    dispatcher = kind(width, list(range(rank * width, (rank + 1) * width)), config=config, pg_collection=groups)
+    dispatcher.balancer = balancer  # type: ignore[attr-defined]
+    return dispatcher
+
+
+def _check(stock: Any) -> None:
+    found = list(inspect.signature(type(stock).preprocess).parameters)
+    missing = [name for name in (*_ATTRIBUTES, "_maybe_update_cuda_sync_point") if not hasattr(stock, name)]
+    if found != ["self", "routing_map"] or missing:
+        raise Unsupported(
+            f"{type(stock).__name__}.preprocess of Megatron-core {compat.version()} takes {found} and lacks {missing}; "
+            f"tested versions: {', '.join(compat.TESTED_VERSIONS)}"
+        )
+    if stock.tp_size != 1 or stock.drop_and_pad:
+        raise Unsupported("expected a dispatcher without expert tensor parallelism and padding to capacity")

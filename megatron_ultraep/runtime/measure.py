@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from megatron_ultraep.layout import ExpertLayout
-from megatron_ultraep.plan.types import Costs
+from megatron_ultraep.plan.types import Costs, Plan
 from megatron_ultraep.runtime.layer import Experts
+from megatron_ultraep.runtime.planning import HostPlanned
 from megatron_ultraep.runtime.slots import SlotPool
-from megatron_ultraep.runtime.transport import Move, Transport
+from megatron_ultraep.runtime.transport import Homes, Transport
 
 _REPEATS = 5
 
@@ -54,22 +56,32 @@ def measure_costs(
         token_ps = max(1, round((seconds[1] - seconds[0]) / (large - small) * 1e12))
     if not copy_ps:
         # Every rank sends its first expert to the next rank of its node: all links busy, as in a real placement.
-        ring = [
-            Move(layout.experts_of(r)[0], r, 0, _next(r, layout.node_size), 0)
-            for r in range(layout.ranks)
-        ]  # fmt: skip
+        ring = HostPlanned(_ring(layout), pool.shape.device)
+        homes = Homes(experts.home_parameters)
+
+        def place() -> None:
+            transport.place(ring, pool, homes)
+            transport.await_placed(ring, pool)
+            transport.weights_sent(pool)
+
         experts.before_reading()
-        seconds_copy = _best(lambda: transport.place(ring, experts.home_parameters.__getitem__, pool.weights), pool)
+        seconds_copy = _best(place, pool)
         pool.holder = None
         copy_ps = max(1, round(seconds_copy * 1e12 / (pool.shape.numel * element / 1024)))
     mine = torch.tensor([token_ps, copy_ps], dtype=torch.int64, device=pool.shape.device)
-    largest = transport.gather_loads(mine).amax(0).tolist()
+    largest = transport.largest(mine)
     return Costs(token_ps=largest[0], copy_ps_per_kib=largest[1], replica_bytes=replica_bytes)
 
 
-def _next(rank: int, node_size: int) -> int:
-    first = rank // node_size * node_size
-    return first + (rank - first + 1) % node_size
+def _ring(layout: ExpertLayout) -> Plan:
+    """One replica on each rank: of the first expert of the rank before it in its node. No tokens."""
+    replica_expert = np.full((layout.ranks, layout.slots), -1, dtype=np.int64)
+    for rank in range(layout.ranks):
+        first = rank // layout.node_size * layout.node_size
+        following = first + (rank - first + 1) % layout.node_size
+        replica_expert[following, 0] = layout.experts_of(rank)[0]
+    physical = layout.ranks * (layout.experts_per_rank + layout.slots)
+    return Plan(layout, replica_expert, np.zeros((layout.ranks, physical), dtype=np.int64), ())
 
 
 def _best(run: Callable[[], None], pool: SlotPool) -> float:

@@ -7,12 +7,15 @@ are the staging buffers in which a home rank receives gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 _ALIGNMENT = 256  # bytes: what copy kernels and symmetric memory want
+
+Allocate = Callable[[int], torch.Tensor]
+"""Bytes to a uint8 tensor of zeros."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +62,32 @@ class Buffers:
         shape: of one expert.
         count: how many.
         dtype: of the elements, which need not be the expert's.
+        allocate: where the memory comes from; torch's allocator by default.
+
+    Attributes:
+        flat: ``[count, elements of a copy]``.
+        offsets, sizes: of each parameter inside a copy (bytes).
+        stride: from copy to copy (bytes).
     """
 
-    def __init__(self, shape: ExpertShape, count: int, dtype: torch.dtype) -> None:
-        unit = max(1, _ALIGNMENT // torch.empty((), dtype=dtype).element_size())
-        offsets, size = [], 0
-        for each in shape.shapes:
-            offsets.append(size)
-            size += -(-math.prod(each) // unit) * unit
-        self.flat = torch.zeros(count, size, dtype=dtype, device=shape.device)
-        self.bytes = self.flat.numel() * self.flat.element_size()
+    def __init__(self, shape: ExpertShape, count: int, dtype: torch.dtype, allocate: Allocate | None = None) -> None:
+        width = torch.empty((), dtype=dtype).element_size()
+        self.sizes = tuple(math.prod(each) * width for each in shape.shapes)
+        offsets, self.stride = [], 0
+        for size in self.sizes:
+            offsets.append(self.stride)
+            self.stride += -(-size // _ALIGNMENT) * _ALIGNMENT
+        self.offsets = tuple(offsets)
+        self.bytes = count * self.stride
+        if allocate is None:
+            memory = torch.zeros(self.bytes, dtype=torch.uint8, device=shape.device)
+        else:
+            memory = allocate(self.bytes)
+        self.flat = memory.view(dtype).view(count, self.stride // width)
         self._views = [
             tuple(
-                row[offset : offset + math.prod(each)].view(each)
-                for offset, each in zip(offsets, shape.shapes, strict=True)
+                row[offset // width : (offset + size) // width].view(each)
+                for offset, size, each in zip(self.offsets, self.sizes, shape.shapes, strict=True)
             )
             # .data: writes through these views do not count as modifications of what autograd has saved; the slot is
             # filled with the same weights again before autograd reads it.
@@ -98,26 +113,28 @@ class SlotPool:
         shape: of the experts.
         slots: slots of this rank.
         staging: gradients that a home rank receives at a time.
+        allocate: where slots come from; torch's allocator by default.
     """
 
-    def __init__(self, shape: ExpertShape, slots: int, staging: int) -> None:
+    def __init__(self, shape: ExpertShape, slots: int, staging: int, allocate: Allocate | None = None) -> None:
         self.shape = shape
         self.slots = slots
         self._staging = staging
-        self.weights = Buffers(shape, slots, shape.dtype)
+        self._allocate = allocate
+        self.weights = Buffers(shape, slots, shape.dtype, allocate)
         self._gradients: Buffers | None = None
         self._received: Buffers | None = None
         # Whose replicas lie in the weight slots; the same on all ranks of the group, because all place in one order.
         self.holder: object | None = None
 
     def gradients(self, dtype: torch.dtype) -> Buffers:
-        """Gradient slots: what replicas on this rank send home."""
+        """Gradient slots: what replicas on this rank send home. The first call of a dtype allocates."""
         if self._gradients is None or self._gradients.flat.dtype != dtype:
-            self._gradients = Buffers(self.shape, self.slots, dtype)
+            self._gradients = Buffers(self.shape, self.slots, dtype, self._allocate)
         return self._gradients
 
     def received(self, dtype: torch.dtype) -> Buffers:
-        """Staging: where gradients of other ranks' replicas arrive."""
+        """Staging: where gradients of other ranks' replicas arrive, for transports that cannot read them in place."""
         if self._received is None or self._received.flat.dtype != dtype:
             self._received = Buffers(self.shape, self._staging, dtype)
         return self._received

@@ -189,7 +189,7 @@ class BalanceSection(Section):
     gate: bool = Field(True, description=option_help("gate"))
     token_ns: int = Field(0, description=option_help("token_ns"))
     copy_ns_per_mib: int = Field(0, description=option_help("copy_ns_per_mib"))
-    transport: Literal["auto", "collective"] = Field("auto", description=option_help("transport"))
+    transport: Literal["auto", "collective", "symmetric"] = Field("auto", description=option_help("transport"))
     record: bool = Field(
         True, description="Write load records to the directory `balance` of the run; see ultraep-view."
     )

@@ -1,15 +1,15 @@
-"""Weights arrive in slots, gradients come home in the order of the moves, however few staging buffers there are."""
+"""Weights arrive in slots, gradients come home in the order of ranks: every transport, any lateness of any rank."""
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ultraep.runtime.slots import ExpertShape, SlotPool
-from megatron_ultraep.runtime.transport import CollectiveTransport, Move, _waves
+from megatron_ultraep.runtime.transport import Move, _waves, moves_of
+from tests.megatron_ultraep.runtime import exchange
+from tests.megatron_ultraep.runtime.exchange import layout_of, plan_of
 
-SHAPE = ExpertShape(("a", "b"), ((2, 3), (4,)), torch.float64, torch.device("cpu"))
+TRANSPORTS = ["collective", "symmetric"]
 
 
 @settings(max_examples=100, deadline=None)
@@ -24,38 +24,63 @@ def test_waves(pairs, width):
         assert all(sum(m.home == home for m in w) <= width for w in waves)
 
 
-def move_around(moves, staging):
-    """Slots' contents after placing, and what came home, on this rank."""
-    transport = CollectiveTransport(dist.new_group(list(range(dist.get_world_size()))))
-    pool = SlotPool(SHAPE, 2, staging)
-    homes = [
-        [torch.full(s, 10.0 * transport.rank + place, dtype=torch.float64) for s in SHAPE.shapes] for place in (0, 1)
-    ]
-    transport.place(moves, homes.__getitem__, pool.weights)
-    slots = {s: float(pool.weights[s][1][0]) for s in range(2)}
-    gradients = pool.gradients(torch.float32)
-    for move in moves:
-        if move.rank == transport.rank:
-            for buffer in gradients[move.slot]:
-                buffer.fill_(100 * move.expert + move.rank)
-    came = []
-    transport.send_home(
-        moves, gradients, pool.received(torch.float32), lambda place, g: came.append((place, float(g[1][0])))
+def test_moves_are_ordered_by_expert_then_rank():
+    planned = plan_of(layout_of(3, 6, 2), [[2, -1], [1, -1], [0, 1]])
+    assert moves_of(planned.plan) == (
+        Move(0, 0, 0, 2, 0),
+        Move(1, 0, 1, 1, 0),
+        Move(1, 0, 1, 2, 1),
+        Move(2, 1, 0, 0, 0),
     )
-    loads = transport.gather_loads(torch.tensor([transport.rank, 7]))
-    transport.close()
-    return slots, came, loads.tolist()
 
 
-@pytest.mark.parametrize("staging", [1, 2])
-def test_place_and_send_home(ranks, staging):
-    # Expert e at home on rank e // 2; rank 0's expert 1 goes to both others, one rank both sends and receives.
-    moves = [Move(1, 0, 1, 1, 0), Move(1, 0, 1, 2, 1), Move(0, 0, 0, 2, 0), Move(2, 1, 0, 0, 1)]
-    results = ranks(3).run(move_around, moves, staging)
-    assert results[0][0] == {0: 0.0, 1: 10.0}
-    assert results[1][0] == {0: 1.0, 1: 0.0}
-    assert results[2][0] == {0: 0.0, 1: 1.0}
-    assert results[0][1] == [(1, 101.0), (1, 102.0), (0, 2.0)]
-    assert results[1][1] == [(0, 200.0)]
-    assert results[2][1] == []
-    assert all(loads == [[0, 7], [1, 7], [2, 7]] for _, _, loads in results)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_any_replicas(device_ranks, transport):
+    layout = layout_of(2, 6, 3, home_slot=(5, 0, 3, 1, 4, 2))
+    assert device_ranks(2).run(exchange.exchange_many, transport, layout, range(12)) == [[], []]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_three_ranks(ranks, transport):
+    """One expert on both other ranks; ranks that send and receive; more gradients than are received at a time."""
+    assert ranks(3).run(exchange.exchange_many, transport, layout_of(3, 6, 2), range(12)) == [[], [], []]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_nodes(ranks, transport):
+    layout = layout_of(4, 8, 2, node_size=2)
+    assert ranks(4).run(exchange.exchange_many, transport, layout, range(6)) == [[]] * 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_late_ranks(device_ranks, seed):
+    """Each kernel on each rank may be late; calls follow each other without anybody else's synchronisation."""
+    layout = layout_of(2, 4, 2)
+    late = device_ranks(2).run(
+        exchange.exchange_many, "symmetric", layout, range(seed, seed + 16), delays_ns=2_000_000, seed=seed
+    )
+    assert late == [[], []]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_gradient_dtypes(device_ranks, dtype):
+    weights = torch.float32 if dtype == torch.float64 else torch.bfloat16
+    wrong = device_ranks(2).run(
+        exchange.exchange_many, "symmetric", layout_of(2, 4, 2), range(6), dtype=weights, gradient_dtype=dtype
+    )
+    assert wrong == [[], []]
+
+
+def test_sums_have_the_same_bits_however_late_ranks_are(ranks):
+    first, second = (
+        ranks(3).run(exchange.unordered_sums, "symmetric", layout_of(3, 3, 1), 3_000_000, s) for s in (1, 2)
+    )
+    for (mine, zeros), (again, _) in zip(first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, again, strict=True))
+        assert zeros == [0.0] * len(zeros)
+    assert any(bool(t.any()) for t in first[0][0])
+
+
+def test_waiting_has_a_limit(ranks):
+    said = ranks(2).run(exchange.wait_in_vain, layout_of(2, 2, 1))
+    assert "rank 0 waited 0.5 s for rank 1 to free its weight slots (call 1)" in said[0]

@@ -1,0 +1,225 @@
+"""Where the plan of a micro-batch comes from, and what the rest of a layer sees of it.
+
+Two planners, equal bit for bit:
+
+- :class:`HostPlanner`: loads go to the host, :func:`megatron_ultraep.plan.solve` plans there. Works everywhere; on a
+  GPU the host waits for the loads.
+- :class:`DevicePlanner`: kernels on the device; the host waits for nothing, and learns the plan later, for telemetry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from megatron_ultraep.kernels import plan as plan_kernel
+from megatron_ultraep.kernels import reroute as reroute_kernel
+from megatron_ultraep.layout import ExpertLayout
+from megatron_ultraep.plan.types import Plan, PlanSettings
+from megatron_ultraep.runtime import reroute
+from megatron_ultraep.runtime.slots import SlotPool
+from megatron_ultraep.runtime.stopwatch import Stopwatch
+
+Solver = Callable[[np.ndarray, ExpertLayout], Plan]
+
+
+class Planned(Protocol):
+    """One micro-batch of one layer, planned.
+
+    Attributes:
+        layout: homes, nodes, slots.
+        replica_expert: int64 ``[G, R]`` on the device: the logical expert in each slot, -1 for an empty one.
+        quota: int64 ``[G, P]`` on the device: tokens from each source rank to each physical expert.
+    """
+
+    layout: ExpertLayout
+
+    @property
+    def replica_expert(self) -> torch.Tensor: ...
+
+    @property
+    def quota(self) -> torch.Tensor: ...
+
+    @property
+    def plan(self) -> Plan:
+        """The plan on the host; waits for it where it has to."""
+        ...
+
+    def ready(self) -> bool:
+        """Whether :attr:`plan` can be had without waiting."""
+        ...
+
+
+class HostPlanned:
+    """A plan made on the host.
+
+    Args:
+        plan: of the micro-batch.
+        device: where tokens are.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.layout = plan.layout
+        self.plan = plan
+        self._device = device
+
+    @cached_property
+    def replica_expert(self) -> torch.Tensor:
+        return torch.tensor(self.plan.replica_expert, device=self._device)
+
+    @cached_property
+    def quota(self) -> torch.Tensor:
+        return torch.tensor(self.plan.quota, device=self._device)
+
+    def ready(self) -> bool:
+        return True
+
+
+class DevicePlanned:
+    """A plan made on the device, on its way to the host.
+
+    Args:
+        layout: it was made for.
+        made: by the kernel.
+    """
+
+    def __init__(self, layout: ExpertLayout, made: plan_kernel.DevicePlan) -> None:
+        self.layout = layout
+        self.replica_expert = made.replica_expert
+        self.quota = made.quota
+        # Into pinned memory, behind what the stream has to do anyway; nobody waits for it.
+        self._copies = [t.to("cpu", non_blocking=True) for t in (made.replica_expert, made.quota, made.decisions)]
+        self._event = None
+        if made.quota.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def ready(self) -> bool:
+        return self._event is None or self._event.query()
+
+    @cached_property
+    def plan(self) -> Plan:
+        if self._event is not None:
+            self._event.synchronize()
+        replica_expert, quota, decisions = (t.numpy() for t in self._copies)
+        return plan_kernel.to_plan(self.layout, replica_expert, quota, decisions)
+
+
+class Gatherer(Protocol):
+    """The part of a transport that planners need; see :class:`megatron_ultraep.runtime.transport.Transport`."""
+
+    rank: int
+
+    def gather_loads(self, loads: torch.Tensor, pool: SlotPool) -> torch.Tensor: ...
+
+
+class Planner(Protocol):
+    """Plans micro-batches of the layers of one layout, and reroutes by the plan."""
+
+    def plan(self, routing_map: torch.Tensor, gatherer: Gatherer, pool: SlotPool) -> Planned:
+        """Plan on the exact loads of all ranks. Collective over the expert-parallel group.
+
+        Args:
+            routing_map: bool ``[tokens of this rank, logical experts]``.
+            gatherer: of loads.
+            pool: slots that the plan's replicas will be placed in next.
+        """
+        ...
+
+    def reroute(
+        self, planned: Planned, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Send each (token, expert) pair to a copy, for the last plan of :meth:`plan`.
+
+        Args:
+            planned: that plan.
+            probs: ``[tokens, logical experts]``, differentiable.
+            routing_map: bool, the same shape.
+
+        Returns:
+            the same for physical experts.
+        """
+        ...
+
+
+class HostPlanner:
+    """Plans with :func:`megatron_ultraep.plan.solve` or any other function of loads.
+
+    Args:
+        layout: homes, nodes, slots.
+        topk: experts per token.
+        solve: from loads and layout to a plan; the same function on every rank.
+        watch: told where time goes.
+    """
+
+    def __init__(self, layout: ExpertLayout, topk: int, solve: Solver, watch: Stopwatch) -> None:
+        self.layout = layout
+        self.topk = topk
+        self.solve = solve
+        self._watch = watch
+        self._source = 0
+
+    def plan(self, routing_map: torch.Tensor, gatherer: Gatherer, pool: SlotPool) -> Planned:
+        self._source = gatherer.rank
+        with self._watch("loads"):
+            loads = gatherer.gather_loads(routing_map.sum(0, dtype=torch.int64), pool).cpu().numpy()
+        with self._watch("plan"):
+            return HostPlanned(self.solve(loads, self.layout), routing_map.device)
+
+    def reroute(
+        self, planned: Planned, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._watch("reroute"):
+            table = torch.from_numpy(reroute.tables(planned.plan, self._source)).to(probs.device)
+            return reroute.reroute(probs, routing_map, table, topk=self.topk, physical=_physical(self.layout))
+
+
+class DevicePlanner:
+    """Plans with kernels on the device of the tokens.
+
+    Args:
+        layout: homes, nodes, slots.
+        settings: how to search.
+        source: this rank in the expert-parallel group.
+        device: of the tokens.
+        watch: told where time goes.
+
+    Raises:
+        ValueError: a layout that the kernel cannot serve.
+    """
+
+    def __init__(
+        self, layout: ExpertLayout, settings: PlanSettings, source: int, device: torch.device, watch: Stopwatch
+    ) -> None:
+        self.layout = layout
+        self._kernel = plan_kernel.PlanKernel(layout, settings, source, device)
+        self._watch = watch
+        self._before: torch.Tensor | None = None
+        self._table: torch.Tensor | None = None
+
+    def plan(self, routing_map: torch.Tensor, gatherer: Gatherer, pool: SlotPool) -> Planned:
+        with self._watch("loads"):
+            counts = reroute_kernel.count(routing_map)
+            loads = gatherer.gather_loads(counts.loads, pool)
+        with self._watch("plan"):
+            made = self._kernel(loads)
+        self._before, self._table = counts.before, made.table
+        return DevicePlanned(self.layout, made)
+
+    def reroute(
+        self, planned: Planned, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        before, table = self._before, self._table
+        self._before = self._table = None
+        if before is None or table is None:
+            raise RuntimeError("reroute without a plan: the stages of a balanced layer were called out of order")
+        with self._watch("reroute"):
+            return reroute_kernel.reroute(probs, routing_map, before, table, _physical(self.layout))
+
+
+def _physical(layout: ExpertLayout) -> int:
+    return layout.ranks * (layout.experts_per_rank + layout.slots)
