@@ -1,0 +1,347 @@
+"""What the speed benchmarks share: options, the order of measuring, rows, table, bars, and starting ranks.
+
+For each imbalance, in one process and in this order: ``balanced``, ``stock``, ``ours``, ``balanced`` again. The second
+``balanced`` is the next imbalance's first; how far two of them lie apart is the noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ultraep.config import BalanceConfig
+from scripts.bench_results import HEADER, Report, Row, asdict, hardware, memory_verdict, missed_bars, versions
+
+METHODS = ("stock", "ours", "balanced")
+PRESETS: dict[str, dict[str, Any]] = {"32x4": {"experts": 32, "topk": 4}, "128x8": {"experts": 128, "topk": 8}}
+TINY: dict[str, Any] = {
+    "hidden": 64,
+    "ffn": 48,
+    "tokens": 128,
+    "sequence": 64,
+    "heads": 4,
+    "vocabulary": 128,
+    "experts": 8,
+    "topk": 2,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ranks are told, besides the shape."""
+
+    imbalances: tuple[float, ...]
+    methods: tuple[str, ...]
+    balance: BalanceConfig
+    iterations: int
+    warmup: int
+    trace: str
+    profile: str
+    seed: int
+
+
+def measure(make: Callable[[Any], Any], shape: Any, options: Options, file: str, document: dict[str, Any]) -> list[Row]:
+    """All imbalances and methods of one shape; runs on every rank, and gives the same rows on each.
+
+    Args:
+        make: builds what is timed from its shape.
+        file, document: the JSON file, empty for none, and what it holds besides these rows.
+    """
+    import torch.distributed as dist
+
+    try:
+        document = document | {"versions": versions()}
+        report = Report(dist.get_rank(), file, document)
+        report.say("\n" + ", ".join(f"{name} {version}" for name, version in document["versions"].items()))
+        _measure(make, shape, options, report)
+        return report.rows
+    except Exception:
+        # The others may wait for this rank: say at once why it does not come.
+        print(f"rank {dist.get_rank()}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        raise
+
+
+def _measure(make: Callable[[Any], Any], shape: Any, options: Options, report: Report) -> None:
+    import torch.distributed as dist
+
+    from scripts.bench_rank import Bench, Block, Routes, generated, percentiles, recorded
+
+    ranks = dist.get_world_size()
+    bench = Bench(make, shape)
+    layout = f"{shape}, EP {ranks}"
+    report.say(
+        f"{layout}: hidden {shape.hidden}, ffn {shape.ffn} ({shape.expert_mib:.1f} MiB an expert), {shape.tokens} "
+        f"tokens a rank, {shape.dtype}, gradients {shape.grad_dtype}; measured, {options.iterations} iterations\n"
+        f"{HEADER}"
+    )
+    routes: dict[float, Routes] = {}
+    for imbalance in dict.fromkeys((1.0, *(() if options.trace else options.imbalances))):
+        try:
+            routes[imbalance] = generated(bench.subject, imbalance, options.seed)
+        except ValueError as error:
+            report.say(f"{imbalance:9.3g} skipped: {error}")
+    if options.trace:
+        trace = recorded(bench.subject, options.trace)
+        asked = {round(trace.imbalance, 3): trace}
+    else:
+        asked = {imbalance: routes[imbalance] for imbalance in options.imbalances if imbalance in routes}
+
+    def block(which: Routes, balancer: Any = None) -> Block:
+        return bench.block(which, iterations=options.iterations, warmup=options.warmup, balancer=balancer)
+
+    ideal = block(routes[1.0]) if "balanced" in options.methods else None
+    for imbalance, these in asked.items():
+        rows: list[Row] = []
+
+        def row(method: str, which: Routes, timed: Block, rows: list[Row] = rows, at: float = imbalance) -> Row:
+            low, high = percentiles(timed.ms)
+            made = Row(layout, ranks, at, method, which.imbalance, which.imbalance, timed.median, low, high, None)
+            made.device_gib = timed.device_gib
+            rows.append(made)
+            return made
+
+        if "stock" in options.methods:
+            # At an imbalance of 1 stock is balanced: it is not run for itself.
+            row("stock", these, ideal if ideal is not None and these is routes[1.0] else block(these))
+        if "ours" in options.methods:
+            _ours(bench, these, options, block, row)
+        if ideal is not None:
+            again = block(routes[1.0])
+            balanced = row("balanced", routes[1.0], ideal)
+            balanced.ms = statistics.mean((ideal.median, again.median))
+            balanced.noise = abs(again.median / ideal.median - 1)
+            for one in rows:
+                if one.method == "stock" and these is routes[1.0]:
+                    one.ms = balanced.ms
+                one.fraction_of_balanced = balanced.ms / one.ms
+            ideal = again
+        report.add(rows)
+    if options.profile and asked:
+        _profile(bench, routes[1.0], list(asked.values())[-1], options, report)
+
+
+def _ours(bench: Any, routes: Any, options: Options, block: Callable[..., Any], row: Callable[..., Row]) -> None:
+    """Attach, time, detach."""
+    from megatron_ultraep import attach, detach
+    from scripts.bench_rank import GIB, largest_of_ranks
+
+    balancer = attach(bench.subject.chunks, options.balance)
+    if balancer is None:
+        raise ValueError("balancing is off: drop enabled=false")
+    try:
+        timed = block(routes, balancer)
+        made = row("ours", routes, timed)
+        mean = {
+            name: statistics.mean(metrics[name] for metrics in timed.metrics)
+            for name in timed.metrics[0]
+            if "/layer_" not in name
+        }
+        made.before, made.after = mean["moe/imbalance_before/mean"], mean["moe/imbalance_after/mean"]
+        made.replicas = round(mean["moe/replicas/mean"], 2)
+        skipped = {name.rpartition("/")[2]: share for name, share in mean.items() if name.startswith("moe/skipped/")}
+        made.skipped = {name: round(share, 3) for name, share in skipped.items() if share}
+        made.slot_gib = largest_of_ranks({"slots": balancer.slot_bytes / GIB})["slots"]
+        timings: Any = getattr(balancer, "timings", None)
+        if timings is not None:  # a run of its own: recording takes time
+            timings(True)
+            bench.block(routes, iterations=min(5, options.iterations), warmup=1, balancer=balancer)
+            made.exposed_us = {name: round(us, 2) for name, us in largest_of_ranks(timings()).items()}
+    finally:
+        detach(bench.subject.chunks)
+
+
+def _profile(bench: Any, ideal: Any, routes: Any, options: Options, report: Report) -> None:
+    """One iteration of ours and of balanced as Chrome traces, and their kernels side by side."""
+    from megatron_ultraep import attach, detach
+    from scripts.bench_rank import profiled, top_kernels
+
+    directory = Path(options.profile)
+    directory.mkdir(parents=True, exist_ok=True)
+    shape = bench.subject.shape
+    found = {}
+    for method, which in (("ours", routes), ("balanced", ideal)):
+        balancer = attach(bench.subject.chunks, options.balance) if method == "ours" else None
+        bench.block(which, iterations=1, warmup=options.warmup, balancer=balancer)
+        file = directory / f"{method}-{shape.kind}-{shape.name}-rank{report.rank}.json.gz"
+        keys = which.keys[0]
+        found[method] = profiled(lambda keys=keys: bench.subject(keys), str(file))  # type: ignore[misc]
+        if balancer is not None:
+            detach(bench.subject.chunks)
+    report.say(f"\nRank 0, one iteration, ours at an imbalance of {routes.imbalance:.2f}; traces in {directory}")
+    report.say(top_kernels(found["ours"], found["balanced"]))
+
+
+# ---------------------------------------------------------------- from the command line to the ranks
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """Options of both benchmarks."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", default="", metavar="FILE", help="write hardware, versions, settings and rows there")
+    made.add_argument("--bars", action="store_true", help="exit with 1 when a bar is missed")
+    made.add_argument("--cpu", action="store_true", help="gloo ranks on this machine's CPU, tiny sizes")
+    made.add_argument("--gpus", type=int, default=0, metavar="N", help="ranks (default: all GPUs; 2 with --cpu)")
+    made.add_argument("--preset", nargs="+", choices=tuple(PRESETS), help="experts x top-k")
+    for name in ("tokens", "sequence", "hidden", "ffn", "heads", "experts", "topk", "draws"):
+        made.add_argument(f"--{name}", type=int, metavar="N", help="instead of the preset's")
+    made.add_argument("--shared-experts", action="store_true", help="one shared expert of the size of a routed one")
+    made.add_argument("--grad-dtype", choices=("fp32", "bf16"), default="fp32", help="of DDP's gradient buffers")
+    made.add_argument("--imbalances", nargs="+", type=float, metavar="X", help="max / mean over ranks")
+    made.add_argument("--trace", default="", metavar="FILE", help="recorded routes instead of generated ones")
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    made.add_argument("--iterations", type=int, metavar="N", help="timed, of each block (default: 20; 3 with --cpu)")
+    made.add_argument("--warmup", type=int, metavar="N", help="before each block")
+    made.add_argument("--slots", type=int, default=2, metavar="N", help="replica slots of a rank")
+    made.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="fields of BalanceConfig")
+    made.add_argument("--permute-fusion", action=argparse.BooleanOptionalAction, default=False)
+    made.add_argument("--fusions", action=argparse.BooleanOptionalAction, default=True, help="Megatron's other fusions")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--trace-profile", default="", metavar="DIR", help="Chrome traces of one iteration; its kernels")
+    return made
+
+
+def balance_config(arguments: argparse.Namespace) -> BalanceConfig:
+    """The settings of balancing; on CPUs, where nothing pays, every replica is made.
+
+    Raises:
+        ValueError: a field that does not exist, or a value it does not take.
+    """
+    values: dict[str, Any] = {"slots": arguments.slots}
+    if arguments.cpu:
+        values |= {"gate": False, "min_tokens": 1}
+    kinds: dict[str, type] = {f.name: type(f.default) for f in dataclasses.fields(BalanceConfig)}
+    for setting in arguments.set:
+        name, separator, text = setting.partition("=")
+        if name not in kinds or not separator:
+            raise ValueError(f"--set takes KEY=VALUE with a KEY of {', '.join(kinds)}; got {setting!r}")
+        if kinds[name] is bool and text.lower() not in ("true", "false"):
+            raise ValueError(f"{name} is true or false, got {text!r}")
+        values[name] = text.lower() == "true" if kinds[name] is bool else kinds[name](text)
+    return BalanceConfig(**values)
+
+
+def shapes(arguments: argparse.Namespace, presets: tuple[str, ...], **defaults: Any) -> list[Any]:
+    """What to build: one shape for each preset, one tiny shape on CPUs."""
+    from scripts.bench_subject import Shape
+
+    names = ["tiny"] if arguments.cpu else arguments.preset or presets
+    made = []
+    for name in names:
+        values = defaults | (TINY if arguments.cpu else PRESETS[name])
+        for key in ("tokens", "sequence", "hidden", "ffn", "heads", "experts", "topk", "draws", "layers", "vocabulary"):
+            if getattr(arguments, key, None) is not None:
+                values[key] = getattr(arguments, key)
+        values["sequence"] = min(values.get("sequence", 4096), values.get("tokens", 8192))
+        if values.get("tokens", 8192) % values["sequence"]:
+            raise ValueError(f"--sequence {values['sequence']} must divide --tokens {values['tokens']}")
+        made.append(
+            Shape(
+                name=name,
+                grad_dtype={"fp32": "float32", "bf16": "bfloat16"}[arguments.grad_dtype],
+                shared_experts=arguments.shared_experts,
+                permute_fusion=arguments.permute_fusion,
+                fusions=arguments.fusions,
+                overlap=getattr(arguments, "overlap", False),
+                **values,
+            )
+        )
+    return made
+
+
+def run(
+    make: Callable[[Any], Any],
+    arguments: argparse.Namespace,
+    wanted: list[Any],
+    *,
+    warmup: int,
+    bar: Callable[[float], float],
+    memory: bool,
+    notes: str,
+    pools: Any = None,
+) -> int:
+    """Measure every shape, print, write; the exit code.
+
+    Args:
+        make: see :func:`measure`.
+        wanted: shapes.
+        warmup: default iterations before each block.
+        bar, memory: see :func:`missed_bars`.
+        notes: printed under the tables.
+        pools: of ranks; started and stopped here when there are none.
+    """
+    import torch
+
+    ranks = arguments.gpus or (2 if arguments.cpu else torch.cuda.device_count())
+    if ranks < 2:
+        raise SystemExit(f"balancing needs at least 2 ranks, this machine has {ranks} GPUs: --cpu runs on gloo")
+    default = (1.0, 1.1, 1.25, 1.5, 1.75) if ranks < 4 else (1.0, 1.1, 1.5, 2.0, 3.0)
+    options = Options(
+        imbalances=tuple(arguments.imbalances or default),
+        methods=tuple(arguments.methods),
+        balance=balance_config(arguments),
+        iterations=arguments.iterations or (3 if arguments.cpu else 20),
+        warmup=(1 if arguments.cpu else warmup) if arguments.warmup is None else arguments.warmup,
+        trace=arguments.trace,
+        profile=arguments.trace_profile,
+        seed=arguments.seed,
+    )
+    settings = dataclasses.asdict(options) | {"trace": Path(arguments.trace).name}
+    del settings["profile"]
+    document: dict[str, Any] = {
+        "measured": True,
+        "hardware": hardware(),
+        "versions": {},
+        "settings": settings,
+        "shapes": [dataclasses.asdict(shape) for shape in wanted],
+        "rows": [],
+    }
+    own = pools is None
+    if own:
+        pools = _pools(arguments.cpu)
+    rows: list[Row] = []
+    failed = []
+    try:
+        for shape in wanted:
+            try:
+                rows += pools(ranks).run(measure, make, shape, options, arguments.json, document, timeout=900)[0]
+            except Exception as error:
+                failed.append(f"{shape} failed: {error}")
+                print(failed[-1], flush=True)
+                pools.stop()
+            document["rows"] = [asdict(row) for row in rows]
+    finally:
+        if own:
+            pools.stop()
+    print(f"\n{notes}")
+    for layout in dict.fromkeys(row.layout for row in rows):
+        memory_kept = memory_verdict([row for row in rows if row.layout == layout])
+        if memory_kept is not None:
+            print(f"{layout}: {memory_kept[1]}: {'kept' if memory_kept[0] else 'MISSED'}")
+    missed = missed_bars(rows, bar, memory=memory)
+    if arguments.bars:
+        print(
+            "Bars: "
+            + ("nothing was measured" if not rows else "kept" if not missed else "MISSED\n" + "\n".join(missed))
+        )
+    return int(bool(failed) or (arguments.bars and bool(missed)))
+
+
+def _pools(cpu: bool) -> Any:
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # Megatron's, once per rank
+    # Megatron's fusions are a handful of kernels: no pool of compilers for each rank.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    if cpu:
+        from tests.ranks import RankPools
+
+        return RankPools()
+    from scripts.gpu_ranks import GpuPools
+
+    return GpuPools()
