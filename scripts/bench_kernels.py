@@ -131,9 +131,13 @@ class Row:
     kind: str = "measured"
 
     @property
+    def kept(self) -> bool | None:
+        """Whether the bar is; None without a bar or a time to hold against it."""
+        return None if self.bar_us is None or self.device_us is None else self.device_us <= self.bar_us
+
+    @property
     def missed(self) -> bool:
-        over = self.bar_us is not None and self.device_us is not None and self.device_us > self.bar_us
-        return over or self.equal is False
+        return self.kept is False or self.equal is False
 
 
 class Clock:
@@ -372,7 +376,8 @@ def print_row(row: Row) -> None:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.1f}"
 
-    bar = "-" if row.bar_us is None else f"{row.bar_us:.0f} {'MISSED' if (row.device_us or 0) > row.bar_us else 'kept'}"
+    bar = {None: "-", True: "kept", False: "MISSED"}[row.kept]
+    bar = bar if row.kept is None else f"{row.bar_us:.0f} {bar}"
     bits = {None: "-", True: "equal", False: "DIFFER"}[row.equal]
     print(
         f"{row.imbalance:9} {'yes' if row.gate else 'no':>4} {row.work:17} {row.method:27} {row.kind:8} "
@@ -435,7 +440,7 @@ def main() -> int:
             "hardware": hardware(),
             "versions": versions(),
             "limits": asdict(limits),
-            "rows": [asdict(row) for row in rows],
+            "rows": [asdict(row) | {"kept": row.kept} for row in rows],
         }
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return 1 if missed else 0

@@ -57,8 +57,7 @@ ULTRAEP_DEVICE void fill_zero(Block block, void* start, int64 bytes) {
   uint8* tail = static_cast<uint8*>(start) + whole * 16;
   if (block.rank() < bytes - whole * 16) tail[block.rank()] = 0;
 #else
-  (void)block;
-  std::memset(start, 0, (size_t)bytes);
+  if (block.rank() == 0) std::memset(start, 0, (size_t)bytes);
 #endif
 }
 

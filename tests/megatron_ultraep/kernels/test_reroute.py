@@ -1,5 +1,7 @@
 """The kernels give the same bits as ``runtime.reroute``, forward and backward; where that one cannot go, as a loop."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ultraep import plan as planners
+from megatron_ultraep.kernels import build
 from megatron_ultraep.kernels.reroute import CHUNK_ROWS, count, reroute
 from megatron_ultraep.layout import ExpertLayout
 from megatron_ultraep.plan.types import PlanSettings
@@ -139,6 +142,28 @@ def test_same_bits_as_torch_in_large_shapes(device, dtype, shape):
     plan, maps = make_plan(rng, ranks, experts, topk, [rows] * ranks)
     assert plan.copies.shape[1] > 1
     check_against_torch(plan, maps[1], 1, topk, dtype, device, rng)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 70),
+        (2, 6, 2, 33),
+        (8, 64, 8, 100),
+        (5, 35, 6, 64),
+        (64, 256, 8, 40),
+        (1024, 1024, 3, 33),
+        (2, 4, 2, 2100),
+    ],
+)
+def test_same_bits_with_warps_of_32(shape):
+    """Blocks of many warps, their members in random order; the last shape has more chunks than the scan segments."""
+    ranks, experts, topk, rows = shape
+    with mock.patch("megatron_ultraep.kernels.reroute.library_of", return_value=build.library("lanes")):
+        for seed, dtype in enumerate(DTYPES[1:3]):
+            rng = np.random.default_rng(seed)
+            plan, maps = make_plan(rng, ranks, experts, topk, [rows] * ranks)
+            check_against_torch(plan, maps[-1], ranks - 1, topk, dtype, "cpu", rng)
 
 
 @pytest.mark.parametrize("device", DEVICES)
