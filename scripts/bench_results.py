@@ -101,7 +101,7 @@ def line(row: Row) -> str:
     if row.skipped:
         text += "  left alone: " + ", ".join(f"{name} {share:.0%}" for name, share in row.skipped.items())
     if row.exposed_us:
-        text += "\n" + " " * 20 + "exposed us: " + ", ".join(f"{n} {us:.1f}" for n, us in row.exposed_us.items())
+        text += "\n" + " " * 20 + "exposed us: " + "; ".join(f"{n} {us:.1f}" for n, us in row.exposed_us.items())
     return text
 
 
@@ -120,6 +120,8 @@ def missed_bars(rows: list[Row], bar: Callable[[float], float], *, memory: bool)
     for layout, these in by_layout.items():
         stock = {row.imbalance: row for row in these if row.method == "stock"}
         ours = [row for row in these if row.method == "ours"]
+        if not ours:
+            missed.append(f"{layout}: ours was not measured")
         for row in ours:
             where = f"{layout}, imbalance {row.imbalance:g}"
             if row.imbalance <= EASY:

@@ -224,6 +224,7 @@ def table(rows: list[Row]) -> str:
 def all_rows(pools: Any, model: str, arguments: argparse.Namespace) -> list[Row]:
     """Run everything that is asked for, printing rows as they come."""
     rows: list[Row] = []
+    balance = dataclasses.replace(BALANCE, transport=arguments.transport)
 
     def show(row: Row) -> None:
         rows.append(row)
@@ -235,7 +236,7 @@ def all_rows(pools: Any, model: str, arguments: argparse.Namespace) -> list[Row]
                 continue
             started = time.perf_counter()
             base = run(pools, model, case.ranks, case.layout, mode, **case.spec)
-            got = run(pools, model, case.ranks, case.layout, mode, **case.spec | {"balance": BALANCE})
+            got = run(pools, model, case.ranks, case.layout, mode, **case.spec | {"balance": balance})
             row = compare(case.name, mode, got, base, time.perf_counter() - started)
             show(judged(row, mode, case.layout["ep"]))
     for name, ranks, layout, other in NOISE:
@@ -266,6 +267,7 @@ def main() -> int:
     parser.add_argument("--gpu", action="store_true", help="ranks on GPUs")
     parser.add_argument("--ranks", type=int, default=4, help="skip layouts of more ranks; on GPUs at most their number")
     parser.add_argument("--only", default="", metavar="WORD", help="only layouts whose name contains this")
+    parser.add_argument("--transport", default="auto", choices=("auto", "collective", "symmetric"))
     parser.add_argument("--strength", type=float, default=25.0, help="of the routers' bias, in logits")
     parser.add_argument("--seed", type=int, default=3, help="of the model's weights")
     arguments = parser.parse_args()
@@ -297,7 +299,7 @@ def main() -> int:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         content = {"versions": versions, "hardware": hardware() | device_text(), "seed": arguments.seed} | {
             "model": "tiny Qwen3-MoE with biased routers: 4 layers, 8 experts, top-2; policy loss",
-            "balance": asdict(BALANCE),
+            "balance": asdict(BALANCE) | {"transport": arguments.transport},
             "rows": [asdict(row) for row in rows],
         }
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")

@@ -81,6 +81,15 @@ def test_failures_are_told(ranks, tmp_path, capsys):
     assert "nothing was measured" in output
 
 
+def test_refusals_are_told(ranks, tmp_path, capsys):
+    """What balancing refuses leaves the other methods' rows."""
+    file = tmp_path / "layer.json"
+    given = [*FAST, "--bars", "--imbalances", "1.5", "--grad-dtype", "bf16", "--set", "node_size=3"]
+    assert bench_layer.main([*given, "--json", str(file)], ranks) == 1
+    assert "ours was not measured" in capsys.readouterr().out
+    assert len(rows(file, ("stock", "balanced"))) == 2
+
+
 def test_settings_of_balancing():
     def parsed(*given):
         return bench_common.balance_config(bench_common.parser("").parse_args(given))

@@ -13,7 +13,7 @@ from megatron_ultraep.megatron import compat
 from megatron_ultraep.megatron.support import Unsupported
 from megatron_ultraep.runtime.layer import LayerBalancer
 
-_ATTRIBUTES = ("input_splits", "output_splits", "cuda_sync_point", "ep_rank", "ep_size", "tp_size", "drop_and_pad")
+_ATTRIBUTES = ("input_splits", "output_splits", "cuda_sync_point", "ep_size", "tp_size", "drop_and_pad")
 
 
 class _PlannedCounts:
@@ -29,10 +29,10 @@ class _PlannedCounts:
         """Tokens of each physical expert of this rank, int64 ``[L + R]``; splits are left in the attributes."""
         dispatcher: Any = self
         quota = self.balancer.planned.quota
-        width = dispatcher.num_local_experts
-        received = quota[:, dispatcher.ep_rank * width : (dispatcher.ep_rank + 1) * width].contiguous()
+        width, first = dispatcher.num_local_experts, dispatcher.local_expert_indices[0]
+        received = quota[:, first : first + width].contiguous()
         dispatcher.num_out_tokens = routing_map.size(0) * dispatcher.config.moe_router_topk
-        dispatcher.input_splits = quota[dispatcher.ep_rank].view(dispatcher.ep_size, width).sum(1)
+        dispatcher.input_splits = quota[first // width].view(dispatcher.ep_size, width).sum(1)
         dispatcher.output_splits = received.sum(1)
         dispatcher.output_splits_tp = None
         dispatcher.num_global_tokens_per_local_expert = received

@@ -137,14 +137,15 @@ def stock_and_balanced(case: Case, balance: BalanceConfig = BALANCE) -> dict[str
     """Both runs of one layer, and what balancing did."""
     layer = build(case)
     stock = run(case, layer)
-    plans: list[Any] = []
+    planned: list[Any] = []
     balancer = attach(layer, balance)
     attached = layer._ultraep.balancer
     observe = attached.observe
-    attached.observe = lambda plan: (plans.append(plan), observe(plan))
+    attached.observe = lambda each: (planned.append(each), observe(each))
     balanced = run(case, layer)
     names = [n for n, _ in layer.named_parameters()]
     buffers = balancer.slot_bytes
+    plans = [each.plan for each in planned]
     detach(layer)
     again = run(case, layer)
     return {

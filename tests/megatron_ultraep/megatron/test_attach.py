@@ -1,5 +1,6 @@
 """A balanced layer is the stock layer, computed elsewhere."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -72,10 +73,12 @@ def compare(case, results, *, replicas=True):
             assert after.max() <= before.max()
 
 
+@pytest.mark.parametrize("transport", ["collective", "symmetric"])
 @pytest.mark.parametrize("name", CASES)
-def test_layer_equals_stock(ranks, name):
+def test_layer_equals_stock(ranks, name, transport):
     case = CASES[name]
-    compare(case, ranks(len(case.tokens)).run(stock_and_balanced, case))
+    balance = dataclasses.replace(moe.BALANCE, transport=transport)
+    compare(case, ranks(len(case.tokens)).run(stock_and_balanced, case, balance))
 
 
 @pytest.mark.parametrize("home_slot", [(7, 6, 5, 4, 3, 2, 1, 0), (0, 4, 1, 5, 2, 6, 3, 7)])

@@ -10,6 +10,7 @@ import torch
 
 from megatron_ultraep.config import BalanceConfig
 from megatron_ultraep.plan.types import Plan, imbalance
+from megatron_ultraep.runtime.planning import Planned
 from rl.models import tiny
 from rl.models.architecture import read_architecture
 from rl.models.weights import export_weights
@@ -53,31 +54,37 @@ class Watch:
     """Collects what every balanced layer planned."""
 
     def __init__(self, worker: TrainWorker) -> None:
-        self.plans: list[Plan] = []
+        self.planned: list[Planned] = []
         if worker.balancer is not None:
             for layer in worker.balancer.layers:
                 balancer = layer._ultraep.balancer
                 balancer.observe = self._both(balancer.observe)
 
     def _both(self, observe: Any) -> Any:
-        def call(plan: Plan) -> None:
-            self.plans.append(plan)
-            observe(plan)
+        def call(planned: Planned) -> None:
+            self.planned.append(planned)
+            observe(planned)
 
         return call
 
+    @property
+    def plans(self) -> list[Plan]:
+        """Of all calls so far; waits for the device."""
+        return [each.plan for each in self.planned]
+
     def summary(self) -> dict[str, Any]:
         """Over all micro-batches and layers of this rank; ``over`` counts those above max(1.05, bound + 1 token)."""
-        before = [imbalance(p.before) for p in self.plans]
-        after = [imbalance(p.after) for p in self.plans]
+        plans = self.plans
+        before = [imbalance(p.before) for p in plans]
+        after = [imbalance(p.after) for p in plans]
         over = 0
-        for plan, value in zip(self.plans, after, strict=True):
+        for plan, value in zip(plans, after, strict=True):
             mean = plan.after.mean()
             bound = max(d.bound for d in plan.decisions)
             over += value > max(1.05, (bound + 1) / mean) + 1e-12
         return {
-            "plans": len(self.plans),
-            "replicas": sum(len(p.replicas) for p in self.plans),
+            "plans": len(plans),
+            "replicas": sum(len(p.replicas) for p in plans),
             "before_mean": float(np.mean(before)) if before else 1.0,
             "before_min": min(before, default=1.0),
             "after_max": max(after, default=1.0),
@@ -126,7 +133,7 @@ def several_steps(
             gradients = {
                 n: t.double().cpu().numpy().copy() for n, t in export_weights(worker.actor, source="main_grad")
             }
-            watch.plans.clear()
+            watch.planned.clear()
         losses.append(worker.train(batch, step, objective).loss)
     weights = {
         n: t.double().cpu().numpy().copy()
