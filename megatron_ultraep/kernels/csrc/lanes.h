@@ -133,6 +133,7 @@ inline const char* run_block(int threads, uint32_t seed, void (*body)(void*), vo
     lane.done = false;
   }
   std::vector<int> ready;
+  uint32_t held_back = 0;  // warps, modulo 16
   for (;;) {
     ready.clear();
     bool all_done = true;
@@ -144,9 +145,12 @@ inline const char* run_block(int threads, uint32_t seed, void (*body)(void*), vo
     if (all_done) return nullptr;
     if (ready.empty()) return "some members wait for others that never come";
     for (size_t i = ready.size(); i > 1; --i) std::swap(ready[i - 1], ready[m.random() % i]);
-    // Some are held back, so that the others run ahead of them as far as they can.
-    const size_t now = std::max<size_t>(1, ready.size() - m.random() % 4 * ready.size() / 8);
-    for (size_t i = 0; i < now; ++i) {
+    // Some warps, and some members of the others, are held back, so that the rest runs ahead as far as it can.
+    if (m.random() % 16 == 0) held_back = m.random();
+    const auto waits = [&](int i) { return (held_back >> (i / kWidth % 16) & 1) != 0; };
+    if (std::all_of(ready.begin(), ready.end(), waits)) held_back = 0;
+    for (size_t i = 0; i < ready.size(); ++i) {
+      if (waits(ready[i]) || (i > 0 && m.random() % 4 == 0)) continue;
       m.current = ready[i];
       m.lanes[m.current].waits_at = nullptr;
       swapcontext(&m.scheduler, &m.lanes[m.current].context);

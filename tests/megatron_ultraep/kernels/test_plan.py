@@ -50,6 +50,12 @@ def hot_rank(rng, ranks, experts):
     return loads
 
 
+def half_hot(rng, ranks, experts):
+    """With homes in order, ranks far above and below the mean: slots run out, and replicas are relayed."""
+    heat = rng.choice([1, 2, 6], ranks).repeat(experts // ranks)
+    return rng.integers(20, 100, (ranks, experts)) * heat
+
+
 def few(rng, ranks, experts):
     return rng.integers(0, 2, (ranks, experts)) * rng.integers(0, 4)
 
@@ -60,7 +66,7 @@ def huge(rng, ranks, experts):
     return np.floor(loads).reshape(ranks, experts)
 
 
-LOADS = [skewed, one_expert, idle_ranks, ties, hot_rank, few, huge]
+LOADS = [skewed, one_expert, idle_ranks, ties, hot_rank, half_hot, half_hot, few, huge]
 
 
 def random_problem(rng, most_ranks=16):
@@ -68,8 +74,8 @@ def random_problem(rng, most_ranks=16):
     ranks = int(rng.integers(1, most_ranks + 1))
     node_size = int(rng.choice([d for d in range(1, ranks + 1) if ranks % d == 0]))
     experts = ranks * int(rng.integers(1, 7))
-    home_slot = rng.permutation(experts) if rng.random() < 0.7 else np.arange(experts)
-    layout = ExpertLayout(experts, ranks, tuple(home_slot.tolist()), node_size, int(rng.integers(0, 4)))
+    home_slot = rng.permutation(experts) if rng.random() < 0.5 else np.arange(experts)
+    layout = ExpertLayout(experts, ranks, tuple(home_slot.tolist()), node_size, int(rng.choice([0, 1, 1, 2, 3])))
     loads = LOADS[rng.integers(len(LOADS))](rng, ranks, experts).astype(np.int64)
     costs = None
     if rng.random() < 0.5:
@@ -134,7 +140,7 @@ def warps_of_32():
 @pytest.mark.usefixtures("warps_of_32")
 @pytest.mark.parametrize("seed", range(40))
 def test_random_problems_with_warps_of_32(seed):
-    # Every third is larger than a warp.
+    # Every third may be larger than a warp.
     check(*random_problem(np.random.default_rng(seed), 16 if seed % 3 else 70), "cpu")
 
 
@@ -144,6 +150,22 @@ def test_nodes_larger_than_a_warp_with_warps_of_32(gate):
     loads = simulated(64, 256, 2.0, 0)
     plan = check(loads, ExpertLayout(256, 64, slots=2), PlanSettings(128, costs=gate), 3, "cpu")
     assert plan.decisions[0].outcome == "balanced"
+
+
+def relays():
+    """A node whose slots below the target run out early: 41 ranks, so more replicas than a warp has members."""
+    loads = half_hot(np.random.default_rng(1), 41, 164)
+    return loads, ExpertLayout(164, 41, slots=1), PlanSettings(1, 0), 40
+
+
+@pytest.mark.usefixtures("warps_of_32")
+def test_relays_with_warps_of_32():
+    check(*relays(), "cpu")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_relays(device):
+    check(*relays(), device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
