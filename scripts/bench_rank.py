@@ -131,12 +131,13 @@ class Bench:
         self.subject = make(shape)
 
     def block(self, routes: Routes, *, iterations: int, warmup: int, balancer: Any = None) -> Block:
-        """Warm up, then time iterations. With a balancer, its metrics are asked for as a training loop does."""
+        """Warm up, then time iterations. With a balancer, a training step asks for its metrics, as jobs do."""
         metrics: list[dict[str, float]] = []
+        asks = balancer is not None and self.subject.shape.kind == "model"
 
         def run(iteration: int) -> None:
             self.subject(routes.keys[iteration % len(routes.keys)])
-            if balancer is not None:
+            if asks:
                 metrics.append(balancer.metrics())
 
         self.subject.zero_gradients()
@@ -146,6 +147,8 @@ class Bench:
         # Replay counts, at the first use of a key, rows that would be routed otherwise: every draw is warmed up.
         for iteration in range(max(warmup, len(routes.keys))):
             run(iteration)
+        if balancer is not None:
+            balancer.metrics()
         metrics.clear()
         synchronize()
         dist.barrier()
@@ -155,6 +158,8 @@ class Bench:
             run(iteration)
             marks.append(_mark())
         synchronize()
+        if balancer is not None and not asks:
+            metrics.append(balancer.metrics())
         mine = torch.tensor(
             [*(_ms(a, b) for a, b in itertools.pairwise(marks)), (device_gib() or 0.0) - (self._before or 0.0)],
             dtype=torch.float64,

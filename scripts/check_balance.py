@@ -110,6 +110,7 @@ GPU_CASES = (
     Case("EP 2, recompute expert activation", 2, {"ep": 2}, {"recompute": ("selective", ("moe_act",))}, (FLOAT32,)),
     Case("EP 2, distributed optimizer, overlapped", 2, {"ep": 2}, DISTRIBUTED, (FLOAT32, BFLOAT16)),
     Case("EP 2, fused gradients", 2, {"ep": 2}, FUSED, (FLOAT32, BFLOAT16)),
+    Case("EP 2, fused permutation", 2, {"ep": 2}, {"permute_fusion": True}, (FLOAT32, BFLOAT16)),
     Case("EP 2, distributed, overlapped, fused", 2, {"ep": 2}, DISTRIBUTED | FUSED, (FLOAT32, BFLOAT16)),
     Case("EP 2 x DP 2, distributed, overlapped, fused", 4, {"ep": 2}, DISTRIBUTED | FUSED, (FLOAT32, BFLOAT16)),
     Case("PP 2 x EP 2, overlapped, fused", 4, {"pp": 2, "ep": 2}, DISTRIBUTED | FUSED, (FLOAT32,)),

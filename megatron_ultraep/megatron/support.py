@@ -84,7 +84,8 @@ def _sequential_of_transformer_engine(layer: Any) -> bool:
 def _overridden(layer: Any) -> bool:
     stock = compat.moe_layer_class()
     return any(
-        getattr(type(layer), name) is not getattr(stock, name) for name in ("preprocess", "routed_experts_compute")
+        getattr(type(layer), name) is not getattr(stock, name)
+        for name in ("preprocess", "routed_experts_compute", "postprocess")
     )
 
 
@@ -94,26 +95,31 @@ _TRAINING = "tests/rl/training/test_balancing.py::test_training_equals_stock"
 _GPU = "scripts/check_balance.py"
 
 TESTED: tuple[Tested, ...] = (
-    Tested("Megatron-core 0.16.1 and 0.19.2, all-to-all dispatcher, SequentialMLP experts", f"{_LAYER}[top-2]"),
+    Tested(
+        "Megatron-core 0.16.1 and 0.19.2, all-to-all dispatcher, SequentialMLP experts", f"{_LAYER}[top-2-collective]"
+    ),
     Tested("TEGroupedMLP experts: one grouped GEMM over home experts and slots (2 GPUs, 0.19.2)", _GPU),
-    Tested("2 and 4 expert-parallel ranks", f"{_LAYER}[4 ranks]"),
-    Tested("top-k 1", f"{_LAYER}[top-1]"),
-    Tested("top-k up to 8", f"{_LAYER}[top-8 of 16]"),
+    Tested("2 and 4 expert-parallel ranks", f"{_LAYER}[4 ranks-collective]"),
+    Tested("top-k 1", f"{_LAYER}[top-1-collective]"),
+    Tested("top-k up to 8", f"{_LAYER}[top-8 of 16-collective]"),
     Tested("float64, in training too", f"{_TRAINING}[ep2]"),
-    Tested("float32", f"{_LAYER}[float32]"),
-    Tested("bfloat16", f"{_LAYER}[bfloat16]"),
-    Tested("ranks with different numbers of tokens", f"{_LAYER}[uneven tokens]"),
-    Tested("ranks without tokens", f"{_LAYER}[no tokens on three ranks]"),
-    Tested("experts without tokens", f"{_LAYER}[experts without tokens]"),
-    Tested("shared experts", f"{_LAYER}[shared experts]"),
-    Tested("gated shared experts", f"{_LAYER}[gated shared experts]"),
-    Tested("experts with bias", f"{_LAYER}[experts with bias]"),
-    Tested("experts without gated linear unit", f"{_LAYER}[no gated linear unit]"),
-    Tested("group-limited routing, sigmoid scores, expert bias", f"{_LAYER}[group-limited, sigmoid, expert bias]"),
-    Tested("auxiliary loss", f"{_LAYER}[auxiliary loss]"),
-    Tested("sequence auxiliary loss", f"{_LAYER}[sequence auxiliary loss]"),
-    Tested("global auxiliary loss", f"{_LAYER}[global auxiliary loss]"),
-    Tested("z-loss", f"{_LAYER}[z-loss]"),
+    Tested("float32", f"{_LAYER}[float32-collective]"),
+    Tested("bfloat16", f"{_LAYER}[bfloat16-collective]"),
+    Tested("ranks with different numbers of tokens", f"{_LAYER}[uneven tokens-collective]"),
+    Tested("ranks without tokens", f"{_LAYER}[no tokens on three ranks-collective]"),
+    Tested("experts without tokens", f"{_LAYER}[experts without tokens-collective]"),
+    Tested("shared experts", f"{_LAYER}[shared experts-collective]"),
+    Tested("gated shared experts", f"{_LAYER}[gated shared experts-collective]"),
+    Tested("experts with bias", f"{_LAYER}[experts with bias-collective]"),
+    Tested("experts without gated linear unit", f"{_LAYER}[no gated linear unit-collective]"),
+    Tested(
+        "group-limited routing, sigmoid scores, expert bias",
+        f"{_LAYER}[group-limited, sigmoid, expert bias-collective]",
+    ),
+    Tested("auxiliary loss", f"{_LAYER}[auxiliary loss-collective]"),
+    Tested("sequence auxiliary loss", f"{_LAYER}[sequence auxiliary loss-collective]"),
+    Tested("global auxiliary loss", f"{_LAYER}[global auxiliary loss-collective]"),
+    Tested("z-loss", f"{_LAYER}[z-loss-collective]"),
     Tested("frozen experts", f"{_ATTACH}::test_frozen_experts"),
     Tested("experts that live elsewhere than Megatron puts them", f"{_ATTACH}::test_permuted_homes"),
     Tested("tensor parallelism with sequence parallelism", f"{_TRAINING}[tp2xep2]"),
@@ -128,6 +134,8 @@ TESTED: tuple[Tested, ...] = (
         f"{_TRAINING}[ep2xdp2, distributed optimizer, overlapped]",
     ),
     Tested("fused weight-gradient accumulation (Transformer Engine, 2 GPUs)", _GPU),
+    Tested("fused permutation (Transformer Engine, 2 GPUs)", _GPU),
+    Tested("symmetric memory and planning on the device: all layers above", f"{_LAYER}[top-2-symmetric]"),
     Tested("routing replay", f"{_TRAINING}[distributed optimizer, overlapped]"),
     Tested(
         "checkpoints written with and without balancing load either way",
@@ -224,11 +232,6 @@ REFUSED: tuple[Refusal, ...] = (
         "with Transformer Engine experts are tested in one grouped GEMM: set moe_grouped_gemm",
     ),
     Refusal(
-        "fused permutation",
-        _set("moe_permute_fusion"),
-        "moe_permute_fusion was not tested with physical experts: turn it off",
-    ),
-    Refusal(
         "gradient accumulation fusion in local linear layers",
         _local_fusion,
         "gradient_accumulation_fusion is tested with Transformer Engine alone: turn it off",
@@ -246,7 +249,7 @@ REFUSED: tuple[Refusal, ...] = (
     Refusal(
         "subclasses of MoELayer with stages of their own",
         _overridden,
-        "preprocess or routed_experts_compute is overridden in a subclass, which balancing would override",
+        "preprocess, routed_experts_compute or postprocess is overridden in a subclass, which balancing would override",
     ),
     Refusal(
         "one expert-parallel rank",

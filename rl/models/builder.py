@@ -98,7 +98,7 @@ def padded_vocabulary(arch: Architecture, tp: int) -> int:
 
 
 def _transformer_config(
-    arch: Architecture, groups: ModelGroups, dtype: torch.dtype, recompute: Recompute, te: bool
+    arch: Architecture, groups: ModelGroups, dtype: torch.dtype, recompute: Recompute, te: bool, permute_fusion: bool
 ) -> Any:
     layout = groups.layout
     gpu = torch.cuda.is_available()
@@ -159,7 +159,7 @@ def _transformer_config(
             "moe_router_load_balancing_type": "none",
             "moe_aux_loss_coeff": 0.0,
             "moe_grouped_gemm": te,
-            "moe_permute_fusion": False,
+            "moe_permute_fusion": permute_fusion,
             "expert_model_parallel_size": layout.ep,
             "expert_tensor_parallel_size": layout.etp,
         }
@@ -208,6 +208,7 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     recompute: Recompute | None = None,
     seed: int = 0,
+    permute_fusion: bool = False,
 ) -> BuiltModel:
     """Build this rank's chunks with uninitialised weights; load weights before using them.
 
@@ -218,6 +219,7 @@ def build_model(
         dtype: of the parameters: float32, bfloat16 or float64 (CPU only).
         recompute: activation recomputation.
         seed: of Megatron's random-number tracker.
+        permute_fusion: Transformer Engine's kernels permute tokens; needs Transformer Engine.
 
     Raises:
         ValueError: a layout that does not fit, with what to change.
@@ -235,7 +237,7 @@ def build_model(
     compat.ensure_scratch_buffer()
     where = groups.coordinates
     compat.seed_rng(seed, tp_rank=where["tp"], ep_rank=where["ep"], etp_rank=where["etp"])
-    config = _transformer_config(arch, groups, dtype, recompute or Recompute(), te)
+    config = _transformer_config(arch, groups, dtype, recompute or Recompute(), te, permute_fusion)
     final_norm = compat.transformer_engine_norm() if te else RMSNorm
     stages = list(range(groups.layout.vpp)) if groups.layout.vpp else [None]
     chunks = []

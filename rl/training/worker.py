@@ -64,6 +64,7 @@ class TrainerSpec:
         collective_s: limit of every collective, in seconds.
         balance: how experts are balanced; None, or not enabled: not at all.
         fuse_gradients: Transformer Engine's kernels add weight gradients to ``main_grad`` themselves.
+        permute_fusion: Transformer Engine's kernels permute tokens; needs Transformer Engine.
         overlap: reduce gradients while backward runs, gather the distributed optimizer's parameters while forward runs.
     """
 
@@ -79,6 +80,7 @@ class TrainerSpec:
     balance: BalanceConfig | None = None
     overlap: bool = False
     fuse_gradients: bool = False
+    permute_fusion: bool = False
 
 
 class Objective(Protocol):
@@ -193,7 +195,15 @@ class TrainWorker:
             raise ValueError("Megatron clips no float64 gradients: set optimizer.clip_grad to 0")
         microbatch.install()
         self.groups = create_groups(spec.layout, timeout_s=spec.collective_s)
-        self.actor = build_model(arch, self.groups, name="actor", dtype=dtype, recompute=spec.recompute, seed=spec.seed)
+        self.actor = build_model(
+            arch,
+            self.groups,
+            name="actor",
+            dtype=dtype,
+            recompute=spec.recompute,
+            seed=spec.seed,
+            permute_fusion=spec.permute_fusion,
+        )
         load_weights(self.actor, spec.model_path)
         self.replay = self._replay_of(self.actor)
         self._wrap_and_optimize()

@@ -1,6 +1,7 @@
 """Ranks that place replicas and send gradients home, for the tests of every transport."""
 
 import random
+import time
 
 import numpy as np
 import torch
@@ -162,6 +163,26 @@ def wait_in_vain(layout):
         said = str(error)
     dist.barrier()
     return said
+
+
+def wait_in_vain_on_a_gpu(layout):
+    """The same where the kernel traps: what torch raises, and what the transport says; nothing may run after it."""
+    rank = Rank("symmetric", layout, timeout_s=2.0)
+    if rank.rank:
+        time.sleep(4)  # the other rank must find this process alive
+        return "", ""
+    planned = plan_of(layout, [[-1]] + [[0]] * (layout.ranks - 1))
+    raised = ""
+    try:
+        rank.transport.place(planned, rank.pool, rank.weights)
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raised = str(error)
+    try:
+        rank.transport.check()
+    except RuntimeError as error:
+        return raised, str(error)
+    return raised, ""
 
 
 def layout_of(ranks, experts, slots, node_size=0, home_slot=()):

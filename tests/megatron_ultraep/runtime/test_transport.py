@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ultraep.runtime.transport import Move, _waves, moves_of
+from scripts.gpu_ranks import GpuPools
 from tests.megatron_ultraep.runtime import exchange
 from tests.megatron_ultraep.runtime.exchange import layout_of, plan_of
 
@@ -84,3 +85,14 @@ def test_sums_have_the_same_bits_however_late_ranks_are(ranks):
 def test_waiting_has_a_limit(ranks):
     said = ranks(2).run(exchange.wait_in_vain, layout_of(2, 2, 1))
     assert "rank 0 waited 0.5 s for rank 1 to free its weight slots (call 1)" in said[0]
+
+
+@pytest.mark.gpu
+def test_waiting_on_a_gpu_has_a_limit():
+    pools = GpuPools()  # of its own: a device that has trapped is of no more use
+    try:
+        (raised, said), _ = pools(2).run(exchange.wait_in_vain_on_a_gpu, layout_of(2, 2, 1))
+    finally:
+        pools.stop()
+    assert "CUDA error" in raised
+    assert "rank 0 waited 2 s for rank 1 to free its weight slots (call 1)" in said
