@@ -287,8 +287,7 @@ def plan_rows(
 
     def equal(i: int) -> bool:
         made = run(i)
-        arrays = (t.cpu().numpy() for t in (made.replica_expert, made.quota, made.decisions))
-        return plan_kernel.to_plan(layout, *arrays).same_bits(solve(inputs[i].loads, layout, settings))
+        return plan_kernel.to_plan(layout, made.told.cpu().numpy()).same_bits(solve(inputs[i].loads, layout, settings))
 
     where = (case.name, imbalance, settings.costs is not None, "plan")
     yield Row(

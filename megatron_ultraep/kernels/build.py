@@ -7,6 +7,7 @@ or torch's binary interface.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -34,24 +35,40 @@ class Library:
         self.target = target
         self._library = ctypes.CDLL(_compile(target))
         self._library.ultraep_error.restype = ctypes.c_char_p
+        self._functions: dict[str, Callable[..., int]] = {}
 
     def __call__(self, name: str, *arguments: int | torch.Tensor | None, stream: int = 0) -> None:
         """Launch ``ultraep_<name>`` with these arguments and a stream.
 
         Args:
             name: of the launcher.
-            arguments: integers (passed as int64) and tensors (their address; contiguous).
+            arguments: integers (passed as int64) and tensors (their address; contiguous); None is 0.
             stream: raw CUDA stream; without meaning on the host.
 
         Raises:
             RuntimeError: the launch failed, with CUDA's message.
         """
+        # Every microsecond here is one that the device may have to wait for the host.
         values = [
-            ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int64(a or 0) for a in arguments
+            a if type(a) is int else a.data_ptr() if isinstance(a, torch.Tensor) else int(a or 0) for a in arguments
         ]
-        code = self._library[f"ultraep_{name}"](*values, ctypes.c_void_p(stream))
+        function = self._functions.get(name) or self._function(name, len(values) + 1)
+        code = function(*values, stream)
         if code:
             raise RuntimeError(f"kernel {name}: {self._library.ultraep_error(code).decode()}")
+
+    def _function(self, name: str, count: int) -> Callable[..., int]:
+        function = self._library[f"ultraep_{name}"]
+        function.argtypes = [ctypes.c_int64] * count  # addresses too: they travel alike
+        self._functions[name] = function
+        return function
+
+
+def current_stream(device: torch.device) -> int:
+    """The raw CUDA stream that is current on a device; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    return int(torch._C._cuda_getCurrentRawStream(device.index))
 
 
 @cache

@@ -12,12 +12,13 @@ Legend: ``G`` ranks, ``E`` experts, ``D`` ranks of a node, ``R`` slots of a rank
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, get_args
+from functools import cached_property
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from megatron_ultraep.kernels.build import library_of
+from megatron_ultraep.kernels.build import current_stream, library_of
 from megatron_ultraep.layout import ExpertLayout
 from megatron_ultraep.plan.types import Array, NodeDecision, Outcome, Plan, PlanSettings
 
@@ -31,8 +32,8 @@ _MOST_RANKS = 2**15
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)  # in the order of plan/search.py
 
 
-class DevicePlan(NamedTuple):
-    """A plan as tensors on the device of the loads.
+class DevicePlan:
+    """A plan as tensors on the device of the loads: views of one allocation, made when they are asked for.
 
     Attributes:
         replica_expert: int64 ``[G, R]``: the logical expert in each slot, -1 for an empty one.
@@ -41,12 +42,49 @@ class DevicePlan(NamedTuple):
         table: int32 ``[E, 3 + 2 D]``, by which one source rank reroutes: number of copies, its tokens (at least 1),
             their stride (1 where there is one copy), sums of its quotas over the copies ``[D]``, and the copies'
             physical ids ``[D]``; home first, then by rank. Entries beyond the number of copies are unspecified.
+        told: int64 ``[n]``: the first three, one after the other, for the host; see :func:`to_plan`.
     """
 
-    replica_expert: Tensor
-    quota: Tensor
-    decisions: Tensor
-    table: Tensor
+    def __init__(self, layout: ExpertLayout, memory: Tensor) -> None:
+        self.layout = layout
+        self._memory = memory
+
+    @cached_property
+    def replica_expert(self) -> Tensor:
+        layout = self.layout
+        return self._memory.as_strided((layout.ranks, layout.slots), (layout.slots, 1), 0)
+
+    @cached_property
+    def quota(self) -> Tensor:
+        physical = _physical(self.layout)
+        return self._memory.as_strided((self.layout.ranks, physical), (physical, 1), _parts(self.layout)[0])
+
+    @cached_property
+    def decisions(self) -> Tensor:
+        start = sum(_parts(self.layout)[:2])
+        return self._memory.as_strided((_nodes(self.layout), _DECISION), (_DECISION, 1), start)
+
+    @cached_property
+    def told(self) -> Tensor:
+        return self._memory[: sum(_parts(self.layout))]
+
+    @cached_property
+    def table(self) -> Tensor:
+        experts, width = self.layout.experts, 3 + 2 * self.layout.node_size
+        return self._memory.view(torch.int32).as_strided((experts, width), (width, 1), 2 * sum(_parts(self.layout)))
+
+
+def _physical(layout: ExpertLayout) -> int:
+    return layout.experts + layout.ranks * layout.slots
+
+
+def _nodes(layout: ExpertLayout) -> int:
+    return layout.ranks // layout.node_size
+
+
+def _parts(layout: ExpertLayout) -> tuple[int, int, int]:
+    """Elements of replica_expert, quota and decisions."""
+    return layout.ranks * layout.slots, layout.ranks * _physical(layout), _nodes(layout) * _DECISION
 
 
 class PlanKernel:
@@ -81,6 +119,10 @@ class PlanKernel:
         self._search = (settings.min_tokens, settings.tolerance_ppm, *self._costs)
         self._source = source
         self._search_warps, self._fill_warps = self._warps()
+        # Where replica_expert, quota, decisions, table (int32), the search's decisions and its replicas (int32) begin.
+        table = -(-layout.experts * (3 + 2 * layout.node_size) // 2)
+        sizes = (*_parts(layout), table, _nodes(layout) * _DECISION, layout.ranks * layout.slots)
+        self._starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
 
     def __call__(self, loads: Tensor) -> DevicePlan:
         """Plan for exact loads; returns at once, on the current stream of the device.
@@ -102,24 +144,26 @@ class PlanKernel:
             )
         if loads.device.type != self.device.type or self.device.index not in (None, loads.device.index):
             raise ValueError(f"expected loads on {self.device}, got {loads.device}")
-        nodes = layout.ranks // layout.node_size
-        physical = layout.experts + layout.ranks * layout.slots
+        # One allocation: the host is on the way to the next kernels, and each costs it microseconds.
+        memory = loads.new_empty(self._starts[-1])
+        address = memory.data_ptr()
+        replica_expert, quota, decisions, table, decided, held = (address + 8 * start for start in self._starts[:-1])
+        inputs = (loads.data_ptr(), self._expert_at.data_ptr(), decided, held)
+        outputs = (replica_expert, quota, decisions, table)
         with _on(loads.device):
-            stream = torch.cuda.current_stream().cuda_stream if loads.is_cuda else 0
-            decided = loads.new_empty((nodes, _DECISION))
-            held = loads.new_empty((layout.ranks, layout.slots, 2), dtype=torch.int32)
-            plan = DevicePlan(
-                replica_expert=loads.new_empty((layout.ranks, layout.slots)),
-                quota=loads.new_empty((layout.ranks, physical)),
-                decisions=torch.empty_like(decided),
-                table=loads.new_empty((layout.experts, 3 + 2 * layout.node_size), dtype=torch.int32),
-            )
-            inputs = (loads, self._expert_at, decided, held)
+            stream = current_stream(loads.device)
             self._library("plan_search", *inputs, *self._shape, *self._search, self._search_warps, stream=stream)
             self._library(
-                "plan_fill", *inputs, *plan, *self._shape, self._source, self._costs[0], self._fill_warps, stream=stream
+                "plan_fill",
+                *inputs,
+                *outputs,
+                *self._shape,
+                self._source,
+                self._costs[0],
+                self._fill_warps,
+                stream=stream,
             )
-        return plan
+        return DevicePlan(layout, memory)
 
     def _warps(self) -> tuple[int, int]:
         """Warps of a block of either kernel, as many as there is shared memory for."""
@@ -139,15 +183,25 @@ class PlanKernel:
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    """Makes a device current, if it is not."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
-def to_plan(layout: ExpertLayout, replica_expert: Array, quota: Array, decisions: Array) -> Plan:
-    """The plan that :func:`megatron_ultraep.plan.solve` would have returned, from host copies of a device plan.
+def to_plan(layout: ExpertLayout, told: Array) -> Plan:
+    """The plan that :func:`megatron_ultraep.plan.solve` would have returned, from the host's copy of a device plan.
 
     Args:
         layout: that of the kernel.
-        replica_expert, quota, decisions: int64, as in :class:`DevicePlan`; the first two become the plan's, read-only.
+        told: int64 ``[n]``, :attr:`DevicePlan.told`; becomes the plan's, read-only.
     """
+    replicas, quotas, _ = _parts(layout)
+    decisions = told[replicas + quotas :].reshape(-1, _DECISION)
     made = tuple(NodeDecision(_OUTCOMES[outcome], *numbers) for outcome, *numbers in decisions.tolist())
-    return Plan(layout, replica_expert, quota, made)
+    return Plan(
+        layout,
+        told[:replicas].reshape(layout.ranks, layout.slots),
+        told[replicas : replicas + quotas].reshape(layout.ranks, -1),
+        made,
+    )

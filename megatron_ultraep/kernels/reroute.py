@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_ultraep.kernels.build import library_of
+from megatron_ultraep.kernels.build import current_stream, library_of
 
 CHUNK_ROWS = 32  # csrc/reroute.h has the same number
 TABLE_HEADER = 3
@@ -48,7 +48,7 @@ def count(routing_map: Tensor) -> Counts:
     device = routing_map.device
     before = torch.empty((-(-tokens // CHUNK_ROWS), experts), dtype=torch.int32, device=device)
     loads = torch.empty(experts, dtype=torch.int64, device=device)
-    library_of(device)("count", routing_map.contiguous(), before, loads, tokens, experts, stream=_stream(device))
+    library_of(device)("count", routing_map.contiguous(), before, loads, tokens, experts, stream=current_stream(device))
     return Counts(loads, before)
 
 
@@ -116,7 +116,7 @@ class _Reroute(torch.autograd.Function):
             values = probs.contiguous()
             library_of(probs.device)(
                 "reroute", values, routing_map, before, table, out, out_map, tokens, experts, physical,
-                _copies(table), values.element_size(), stream=_stream(probs.device),
+                _copies(table), values.element_size(), stream=current_stream(probs.device),
             )  # fmt: skip
         return out, out_map
 
@@ -134,7 +134,7 @@ class _Reroute(torch.autograd.Function):
             values = gradient.contiguous()
             library_of(values.device)(
                 "reroute_backward", values, routing_map, before, table, out, tokens, experts, physical,
-                _copies(table), values.element_size(), stream=_stream(values.device),
+                _copies(table), values.element_size(), stream=current_stream(values.device),
             )  # fmt: skip
         return out, None, None, None, None
 
@@ -148,7 +148,3 @@ def _check_map(routing_map: Tensor) -> None:
 
 def _copies(table: Tensor) -> int:
     return (table.shape[1] - TABLE_HEADER) // 2
-
-
-def _stream(device: torch.device) -> int:
-    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0

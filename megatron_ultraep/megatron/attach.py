@@ -43,7 +43,7 @@ from megatron_ultraep.plan.types import Costs, Plan, PlanSettings
 from megatron_ultraep.runtime import choose
 from megatron_ultraep.runtime.layer import LayerBalancer
 from megatron_ultraep.runtime.measure import measure_costs
-from megatron_ultraep.runtime.planning import DevicePlanner, HostPlanner, Planned, Planner
+from megatron_ultraep.runtime.planning import DevicePlanner, HasPlan, HostPlanner, Planned, Planner
 from megatron_ultraep.runtime.slots import ExpertShape, SlotPool
 from megatron_ultraep.runtime.stopwatch import Stopwatch
 from megatron_ultraep.runtime.symmetric import SymmetricTransport
@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 _ATTRIBUTE = "_ultraep"
 _MOST_COUNTED = 100_000  # (micro-batch, layer)s that metrics are kept of
 _MOST_ARRIVING = 64  # plans on their way from the device
+_MOST_COME = 1024  # plans that are not counted yet
 _STAGES = {
     "preprocess": ["self", "hidden_states", "probs", "routing_map"],
     "routed_experts_compute": ["self", "hidden_states", "probs"],
@@ -119,6 +120,7 @@ class Balancer:
         self._replicas = 0
         self._watch: Stopwatch | None = None
         self._arriving: deque[tuple[MicroBatchKey, int, Planned]] = deque()
+        self._come: list[tuple[MicroBatchKey, int, HasPlan]] = []
         self._name = name
         self._layers: list[torch.nn.Module] = []
         self._pools: dict[ExpertShape, SlotPool] = {}
@@ -226,22 +228,26 @@ class Balancer:
                 self.metrics()
             self._counted.add((key, number))
             self._arriving.append((key, number, planned))
-            # Plans made on a device come to the host later; the host waits for one only when many are on their way.
+            # Plans made on a device come to the host later; here they are only taken over, since the next kernels wait.
             while self._arriving and (len(self._arriving) > _MOST_ARRIVING or self._arriving[0][2].ready()):
-                self._take(*self._arriving.popleft())
+                key, number, planned = self._arriving.popleft()
+                self._come.append((key, number, planned.fetch()))
+            if len(self._come) >= _MOST_COME:
+                self._take_all()
 
         return observe
 
-    def _take(self, key: MicroBatchKey, number: int, planned: Planned) -> None:
-        plan = planned.plan
-        self._replicas += len(plan.replicas)
-        self._metrics.add(number, plan)
-        if self._recorder is not None:
-            self._recorder.record(key, number, plan)
-
     def _take_all(self) -> None:
-        while self._arriving:
-            self._take(*self._arriving.popleft())
+        """Count and record the plans that have come, and wait for those on their way."""
+        self._come += [(key, number, planned.fetch()) for key, number, planned in self._arriving]
+        self._arriving.clear()
+        for key, number, each in self._come:
+            plan = each.plan
+            self._replicas += len(plan.replicas)
+            self._metrics.add(number, plan)
+            if self._recorder is not None:
+                self._recorder.record(key, number, plan)
+        self._come.clear()
 
     @property
     def replicas(self) -> int:
@@ -302,9 +308,9 @@ class Balancer:
             if attached.hook is not None:
                 attached.hook.remove()
             object.__delattr__(layer, _ATTRIBUTE)
+        self._take_all()
         self.close()
         self._layers.clear()
-        self._arriving.clear()
         self._pools.clear()
         if self.transport is not None:
             self.transport.close()

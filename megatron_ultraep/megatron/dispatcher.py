@@ -28,16 +28,15 @@ class _PlannedCounts:
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
         """Tokens of each physical expert of this rank, int64 ``[L + R]``; splits are left in the attributes."""
         dispatcher: Any = self
-        quota = self.balancer.planned.quota
-        width, first = dispatcher.num_local_experts, dispatcher.local_expert_indices[0]
-        received = quota[:, first : first + width].contiguous()
+        ranks, width = dispatcher.ep_size, dispatcher.num_local_experts
+        counts = self.balancer.planner.splits(self.balancer.planned)
         dispatcher.num_out_tokens = routing_map.size(0) * dispatcher.config.moe_router_topk
-        dispatcher.input_splits = quota[first // width].view(dispatcher.ep_size, width).sum(1)
-        dispatcher.output_splits = received.sum(1)
+        dispatcher.input_splits = counts[:ranks]
+        dispatcher.output_splits = counts[ranks : 2 * ranks]
         dispatcher.output_splits_tp = None
-        dispatcher.num_global_tokens_per_local_expert = received
+        dispatcher.num_global_tokens_per_local_expert = counts[2 * ranks + width :].view(ranks, width)
         dispatcher._maybe_update_cuda_sync_point("before_ep_alltoall")
-        return received.sum(0)
+        return counts[2 * ranks : 2 * ranks + width]
 
 
 def physical_dispatcher(stock: Any, layout: ExpertLayout, rank: int, balancer: LayerBalancer) -> Any:

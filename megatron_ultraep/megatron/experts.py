@@ -45,6 +45,7 @@ class PhysicalExperts:
             self._twin, self._places, names = _grouped(experts, slots)
         else:
             raise ValueError(f"expected SequentialMLP or TEGroupedMLP experts, got {type(experts).__name__}")
+        self._owners = [module for module in experts.modules() if module._parameters]
         owned = dict(experts.named_parameters())
         self.home_parameters: list[Parameters] = [[owned[name] for name in expert] for expert in names]
         self.shape = ExpertShape.of([_inside(name) for name in names[0]], self.home_parameters[0])
@@ -54,8 +55,8 @@ class PhysicalExperts:
 
         The stock forward of those modules does not run, so nobody else would.
         """
-        for module in self._stock.modules():
-            if module._parameters:
+        for module in self._owners:
+            if module._forward_pre_hooks:
                 for hook in list(module._forward_pre_hooks.values()):
                     hook(module, ())
 

@@ -91,15 +91,19 @@ def make_transport(
     transport: Transport | None = None
     limit = timedelta(seconds=timeout_s)
     for group in groups:
-        made = dist.new_group(list(group), timeout=limit)
-        nodes = {node: dist.new_group(list(node), timeout=limit) for node in _nodes(group, node_size) if symmetric}
-        if group != mine:
+        if not symmetric:
+            made = dist.new_group(list(group), timeout=limit)
+            if group == mine:
+                transport = CollectiveTransport(made)
             continue
-        if symmetric:
-            node = next(each for each in nodes if dist.get_rank() in each)
-            transport = SymmetricTransport(made, nodes[node], device_of_rank(), timeout_s)
-        else:
-            transport = CollectiveTransport(made)
+        # Between hosts, for set-up: an NCCL communicator would take hundreds of MiB of each device.
+        control = dist.new_group(list(group), timeout=limit, backend="gloo")
+        nodes = _nodes(group, node_size)
+        groups_of_nodes = [dist.new_group(list(node), timeout=limit, backend="gloo") for node in nodes]
+        loads = dist.new_group(list(group), timeout=limit) if len(nodes) > 1 else None
+        if group == mine:
+            node = groups_of_nodes[next(i for i, each in enumerate(nodes) if dist.get_rank() in each)]
+            transport = SymmetricTransport(control, node, loads, device_of_rank(), timeout_s)
     return transport
 
 

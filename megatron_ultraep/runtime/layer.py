@@ -15,11 +15,12 @@ Invariants (asserted by the tests of this file and by the parity tests):
 1. Every rank of the group makes the same plan, and the same calls of the transport in the same order; nothing is
    decided by one rank.
 2. Replicas are plain tensors over slots, never parameters.
-3. A home parameter enters the experts as an alias, made by one autograd node when the layer begins (``_Homes``) and
-   passed on by a second one before the experts (``_Slots``). Backward of the second runs when all weight gradients of
-   the layer exist, and starts the replicas' gradients home. Backward of the first waits for them, and only then hands
-   home gradients on; so nobody (DDP's buckets, hooks) sees a home gradient without its replicas' share. Autograd runs
-   what was made last first, so the wait comes after the backward of all that the layer computed in between.
+3. A home parameter enters the experts as an alias, made by one autograd node when the layer begins (``_Homes``). The
+   aliases of slots are made by a second one before the experts (``_Slots``), which hangs on the first by a token.
+   Backward of the second runs when the replicas' gradients exist, and starts them home. Backward of the first waits for
+   them, and only then hands home gradients on; so nobody (DDP's buckets, hooks) sees a home gradient without its
+   replicas' share. Autograd runs what was made last first, so the wait comes after the backward of all that the layer
+   computed in between.
 """
 
 from __future__ import annotations
@@ -61,6 +62,21 @@ class Call:
     token: object = field(default_factory=object)
 
 
+@dataclass
+class _Link:
+    """What the two autograd nodes of one forward share.
+
+    Attributes:
+        call: set when the experts compute.
+        slots: gradients of the slots' weights, where they wait for the home gradients.
+        sent: replicas' gradients are on their way home.
+    """
+
+    call: Call | None = None
+    slots: Sequence[torch.Tensor | None] | None = None
+    sent: bool = False
+
+
 class LayerBalancer:
     """Balances one layer on this rank.
 
@@ -93,7 +109,10 @@ class LayerBalancer:
         self.watch = watch
         self._weights = Homes(experts.home_parameters)
         self._gradients = Homes([])
+        self._parameters = [parameter for place in experts.home_parameters for parameter in place]
+        self._token = torch.zeros((), device=pool.shape.device, requires_grad=True)
         self._aliases: tuple[torch.Tensor, ...] | None = None
+        self._link = _Link()
         self._call: Call | None = None
         self._combining: Call | None = None
 
@@ -102,8 +121,10 @@ class LayerBalancer:
 
         Called before the layer that the experts belong to begins; without it :meth:`route` does it.
         """
-        homes = [parameter for place in self.experts.home_parameters for parameter in place]
-        self._aliases = _Homes.apply(self, *homes)  # type: ignore[no-untyped-call]
+        self._link = _Link()
+        # Frozen experts have no gradients, and nor have their replicas.
+        token = self._token if any(p.requires_grad for p in self._parameters) else self._token.detach()
+        self._aliases = _Homes.apply(self, self._link, token, *self._parameters)  # type: ignore[no-untyped-call]
 
     def route(self, probs: torch.Tensor, routing_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Plan this micro-batch on its exact loads and reroute it.
@@ -148,7 +169,10 @@ class LayerBalancer:
             raise RuntimeError(
                 "a balanced MoE layer computes without having routed: its stages were called out of order"
             )
-        flat = _Slots.apply(self, call, *aliases)  # type: ignore[no-untyped-call]
+        token, *homes = aliases
+        link = self._link
+        link.call = call
+        flat = (*homes, *_Slots.apply(self, link, token))  # type: ignore[no-untyped-call]
         width = len(self.pool.shape.names)
         weights = [flat[i : i + width] for i in range(0, len(flat), width)]
         if self.experts.fused_gradients:
@@ -178,36 +202,49 @@ class LayerBalancer:
                 call.planned, self.pool, self._gradient_dtype(), accumulate=self.experts.fused_gradients
             )
 
-    def _send_home(
-        self, call: Call, homes: Sequence[torch.Tensor | None], slots: Sequence[torch.Tensor | None]
-    ) -> list[torch.Tensor | None]:
-        """Start the replicas' gradients home.
-
-        Where a home parameter has a ``main_grad`` (DDP's buffer), that is added to; else a copy of ``homes``.
+    def _send_home(self, link: _Link, slots: Sequence[torch.Tensor | None]) -> None:
+        """Start the replicas' gradients home, if they go to ``main_grad`` (DDP's buffer).
 
         Args:
-            call: of this forward.
-            homes: gradients of home parameters, expert by expert.
+            link: of this forward.
             slots: gradients of the slots' weights, slot by slot; ignored where accumulation is fused.
-
-        Returns:
-            the home gradients to hand on, once they have been waited for.
         """
         self.transport.weights_sent(self.pool)
-        parameters = [parameter for place in self.experts.home_parameters for parameter in place]
-        handed_on = list(homes)
-        targets = [getattr(parameter, "main_grad", None) for parameter in parameters]
-        if any(target is None for target in targets):
-            handed_on = targets = [
-                torch.zeros_like(p) if g is None else g.clone(memory_format=torch.contiguous_format)
-                for p, g in zip(parameters, homes, strict=True)
-            ]
+        link.slots = slots
+        targets = [getattr(parameter, "main_grad", None) for parameter in self._parameters]
+        if not any(target is None for target in targets):  # else home gradients are on their way through autograd
+            self._begin_home(link, targets)
+
+    def _begin_home(self, link: _Link, targets: Sequence[torch.Tensor]) -> None:
+        assert link.call is not None
         width = len(self.pool.shape.names)
         self._gradients.tensors = [targets[i : i + width] for i in range(0, len(targets), width)]
-        fused = self.experts.fused_gradients
+        slots = None if self.experts.fused_gradients else link.slots
         with self.watch("gradients, start"):
-            self.transport.send_home(call.planned, self.pool, self._gradients, None if fused else slots)
-        return handed_on
+            self.transport.send_home(link.call.planned, self.pool, self._gradients, slots)
+        link.sent, link.slots = True, None
+
+    def _end_home(self, link: _Link, homes: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+        """Wait for the replicas' gradients.
+
+        Args:
+            link: of this forward.
+            homes: gradients of home parameters, expert by expert.
+
+        Returns:
+            what to hand on: the same, or where replicas' gradients do not go to ``main_grad``, a copy with their share.
+        """
+        if link.slots is None and not link.sent:  # no slot was used here, but other ranks may wait for this one
+            self._send_home(link, [None] * (self.pool.slots * len(self.pool.shape.names)))
+        if not link.sent:
+            homes = [
+                torch.zeros_like(p) if g is None else g.clone(memory_format=torch.contiguous_format)
+                for p, g in zip(self._parameters, homes, strict=True)
+            ]
+            self._begin_home(link, homes)  # type: ignore[arg-type]
+        with self.watch("gradients, end"):
+            self.transport.await_home(self.pool)
+        return homes
 
     def _gradient_dtype(self) -> torch.dtype:
         parameter = self.experts.home_parameters[0][0]
@@ -218,7 +255,7 @@ class LayerBalancer:
         """Give the aliases what kernels that accumulate weight gradients themselves look for."""
         if not torch.is_grad_enabled():
             return
-        homes = [parameter for place in self.experts.home_parameters for parameter in place]
+        homes = self._parameters
         for parameter, alias in zip(homes, flat, strict=False):
             if hasattr(parameter, "main_grad"):
                 alias.main_grad = parameter.main_grad  # type: ignore[attr-defined]
@@ -232,39 +269,40 @@ class LayerBalancer:
 
 
 class _Homes(torch.autograd.Function):
-    """Aliases of home parameters; backward waits for the replicas' gradients."""
+    """A token and aliases of home parameters; backward waits for the replicas' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, layer: LayerBalancer, *homes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, layer: LayerBalancer, link: _Link, token: torch.Tensor, *homes: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.layer = layer
-        ctx.parameters = homes if layer.experts.fused_gradients else ()
-        return tuple(home.view_as(home) for home in homes)
+        ctx.layer, ctx.link = layer, link
+        return (token, *homes)  # autograd makes aliases of inputs that are returned
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        with ctx.layer.watch("gradients, end"):
-            ctx.layer.transport.await_home(ctx.layer.pool)
-        for parameter in ctx.parameters:
-            if hasattr(parameter, "grad_added_to_main_grad"):
-                parameter.grad_added_to_main_grad = True
-        return (None, *gradients)
+    def backward(ctx: Any, token: torch.Tensor | None, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        layer: LayerBalancer = ctx.layer
+        handed_on = layer._end_home(ctx.link, gradients)
+        if layer.experts.fused_gradients:
+            for parameter in layer._parameters:
+                if hasattr(parameter, "grad_added_to_main_grad"):
+                    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        return (None, None, None, *handed_on)
 
 
 class _Slots(torch.autograd.Function):
-    """Passes aliases of home parameters on, and adds those of slots; backward sends the replicas' gradients home."""
+    """Aliases of slots; backward sends the replicas' gradients home."""
 
     @staticmethod
-    def forward(ctx: Any, layer: LayerBalancer, call: Call, *homes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, layer: LayerBalancer, link: _Link, token: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.layer, ctx.call, ctx.homes = layer, call, len(homes)
-        slots = [alias for slot in range(layer.pool.slots) for alias in layer.pool.weights.aliases(slot)]
-        return (*(home.view_as(home) for home in homes), *slots)
+        ctx.layer, ctx.link, ctx.token = layer, link, token.detach()
+        return tuple(alias for slot in range(layer.pool.slots) for alias in layer.pool.weights.aliases(slot))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        homes = ctx.layer._send_home(ctx.call, gradients[: ctx.homes], gradients[ctx.homes :])
-        return (None, None, *homes)
+        ctx.layer._send_home(ctx.link, gradients)
+        return (None, None, ctx.token)
 
 
 class _BeforeExpertsBackward(torch.autograd.Function):

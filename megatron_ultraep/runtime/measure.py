@@ -18,6 +18,7 @@ from megatron_ultraep.runtime.slots import SlotPool
 from megatron_ultraep.runtime.transport import Homes, Transport
 
 _REPEATS = 5
+_STANDSTILL = 30_000_000  # cycles: tens of milliseconds, more than the host takes to queue a forward and backward
 
 
 class _MeasuredExperts(Experts, Protocol):
@@ -51,7 +52,8 @@ def measure_costs(
     replica_bytes = pool.shape.numel * (2 * element + max(4, element))
     token_ps, copy_ps = token_ns * 1000, copy_ns_per_mib * 1000 // 1024
     if not token_ps:
-        small, large = 256, 2048
+        # On a GPU as many as fill it: below that a token costs less than one more does later.
+        small, large = (4096, 16384) if pool.shape.device.type == "cuda" else (256, 2048)
         seconds = [_best(functools.partial(experts.try_tokens, tokens), pool) for tokens in (small, large)]
         token_ps = max(1, round((seconds[1] - seconds[0]) / (large - small) * 1e12))
     if not copy_ps:
@@ -86,16 +88,23 @@ def _ring(layout: ExpertLayout) -> Plan:
 
 def _best(run: Callable[[], None], pool: SlotPool) -> float:
     """Seconds of the fastest of a few runs, after one that warms up."""
-    times = []
-    for _ in range(_REPEATS + 1):
-        _synchronize(pool.shape.device)
-        started = time.perf_counter()
-        run()
-        _synchronize(pool.shape.device)
-        times.append(time.perf_counter() - started)
-    return min(times[1:])
+    time_once = _seconds_on_gpu if pool.shape.device.type == "cuda" else _seconds
+    return min([time_once(run) for _ in range(_REPEATS + 1)][1:])
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _seconds(run: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _seconds_on_gpu(run: Callable[[], None]) -> float:
+    """Time of the device alone: it stands still until the host has queued all of it."""
+    torch.cuda.synchronize()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(_STANDSTILL)
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -18,6 +18,7 @@ import torch
 
 from megatron_ultraep.kernels import plan as plan_kernel
 from megatron_ultraep.kernels import reroute as reroute_kernel
+from megatron_ultraep.kernels.build import current_stream, library_of
 from megatron_ultraep.layout import ExpertLayout
 from megatron_ultraep.plan.types import Plan, PlanSettings
 from megatron_ultraep.runtime import reroute
@@ -27,13 +28,19 @@ from megatron_ultraep.runtime.stopwatch import Stopwatch
 Solver = Callable[[np.ndarray, ExpertLayout], Plan]
 
 
+class HasPlan(Protocol):
+    """A plan that is on the host."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+
 class Planned(Protocol):
     """One micro-batch of one layer, planned.
 
     Attributes:
         layout: homes, nodes, slots.
         replica_expert: int64 ``[G, R]`` on the device: the logical expert in each slot, -1 for an empty one.
-        quota: int64 ``[G, P]`` on the device: tokens from each source rank to each physical expert.
     """
 
     layout: ExpertLayout
@@ -42,15 +49,16 @@ class Planned(Protocol):
     def replica_expert(self) -> torch.Tensor: ...
 
     @property
-    def quota(self) -> torch.Tensor: ...
-
-    @property
     def plan(self) -> Plan:
         """The plan on the host; waits for it where it has to."""
         ...
 
     def ready(self) -> bool:
         """Whether :attr:`plan` can be had without waiting."""
+        ...
+
+    def fetch(self) -> HasPlan:
+        """The plan on the host, without what it holds on the device; waits for it where it has to."""
         ...
 
 
@@ -71,12 +79,11 @@ class HostPlanned:
     def replica_expert(self) -> torch.Tensor:
         return torch.tensor(self.plan.replica_expert, device=self._device)
 
-    @cached_property
-    def quota(self) -> torch.Tensor:
-        return torch.tensor(self.plan.quota, device=self._device)
-
     def ready(self) -> bool:
         return True
+
+    def fetch(self) -> HasPlan:
+        return HostPlanned(self.plan, self._device)
 
 
 class DevicePlanned:
@@ -89,24 +96,60 @@ class DevicePlanned:
 
     def __init__(self, layout: ExpertLayout, made: plan_kernel.DevicePlan) -> None:
         self.layout = layout
-        self.replica_expert = made.replica_expert
-        self.quota = made.quota
+        self._made = made
         # Into pinned memory, behind what the stream has to do anyway; nobody waits for it.
-        self._copies = [t.to("cpu", non_blocking=True) for t in (made.replica_expert, made.quota, made.decisions)]
+        self._told: torch.Tensor | None = made.told.to("cpu", non_blocking=True)
+        self._array: np.ndarray | None = None
         self._event = None
-        if made.quota.is_cuda:
+        if self._told.is_pinned():
             self._event = torch.cuda.Event()
             self._event.record()
+
+    @property
+    def replica_expert(self) -> torch.Tensor:
+        return self._made.replica_expert
+
+    @property
+    def quota(self) -> torch.Tensor:
+        """int64 ``[G, P]`` on the device: tokens from each source rank to each physical expert."""
+        return self._made.quota
 
     def ready(self) -> bool:
         return self._event is None or self._event.query()
 
+    def _arrive(self) -> np.ndarray:
+        if self._array is None:
+            if self._event is not None:
+                self._event.synchronize()
+            assert self._told is not None
+            # A copy of its own: pinned memory goes back to be used again.
+            self._array, self._told = self._told.numpy().copy(), None
+        return self._array
+
+    def fetch(self) -> HostCopy:
+        """What the host needs of it, without the device's memory; waits for it where it has to."""
+        return HostCopy(self.layout, self._arrive())
+
     @cached_property
     def plan(self) -> Plan:
-        if self._event is not None:
-            self._event.synchronize()
-        replica_expert, quota, decisions = (t.numpy() for t in self._copies)
-        return plan_kernel.to_plan(self.layout, replica_expert, quota, decisions)
+        return plan_kernel.to_plan(self.layout, self._arrive())
+
+
+class HostCopy:
+    """A plan that has come to the host, not yet looked at.
+
+    Args:
+        layout: it was made for.
+        told: see :attr:`megatron_ultraep.kernels.plan.DevicePlan.told`.
+    """
+
+    def __init__(self, layout: ExpertLayout, told: np.ndarray) -> None:
+        self._layout = layout
+        self._told = told
+
+    @property
+    def plan(self) -> Plan:
+        return plan_kernel.to_plan(self._layout, self._told)
 
 
 class Gatherer(Protocol):
@@ -145,6 +188,15 @@ class Planner(Protocol):
         """
         ...
 
+    def splits(self, planned: Planned) -> torch.Tensor:
+        """What this rank's dispatcher counts, from the quotas of the last plan.
+
+        Returns:
+            int64 ``[2 G + W + G W]`` on the device, with ``W = L + R``: tokens sent to each rank, received from each
+            rank, of each physical expert of this rank, and received for each by source rank ``[G, W]``.
+        """
+        ...
+
 
 class HostPlanner:
     """Plans with :func:`megatron_ultraep.plan.solve` or any other function of loads.
@@ -177,6 +229,14 @@ class HostPlanner:
             table = torch.from_numpy(reroute.tables(planned.plan, self._source)).to(probs.device)
             return reroute.reroute(probs, routing_map, table, topk=self.topk, physical=_physical(self.layout))
 
+    def splits(self, planned: Planned) -> torch.Tensor:
+        quota, ranks = planned.plan.quota, self.layout.ranks
+        width = quota.shape[1] // ranks
+        sent = quota[self._source].reshape(ranks, width).sum(1)
+        received = quota[:, self._source * width : (self._source + 1) * width]
+        parts = (sent, received.sum(1), received.sum(0), received.ravel())
+        return torch.from_numpy(np.concatenate(parts)).to(planned.replica_expert.device)
+
 
 class DevicePlanner:
     """Plans with kernels on the device of the tokens.
@@ -197,6 +257,7 @@ class DevicePlanner:
     ) -> None:
         self.layout = layout
         self._kernel = plan_kernel.PlanKernel(layout, settings, source, device)
+        self._source = source
         self._watch = watch
         self._before: torch.Tensor | None = None
         self._table: torch.Tensor | None = None
@@ -219,6 +280,15 @@ class DevicePlanner:
             raise RuntimeError("reroute without a plan: the stages of a balanced layer were called out of order")
         with self._watch("reroute"):
             return reroute_kernel.reroute(probs, routing_map, before, table, _physical(self.layout))
+
+    def splits(self, planned: Planned) -> torch.Tensor:
+        assert isinstance(planned, DevicePlanned)
+        quota, ranks = planned.quota, self.layout.ranks
+        width = quota.shape[1] // ranks
+        out = quota.new_empty(2 * ranks + width + ranks * width)
+        library = library_of(quota.device)
+        library("splits", ranks, width, self._source, quota, out, stream=current_stream(quota.device))
+        return out
 
 
 def _physical(layout: ExpertLayout) -> int:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ultraep.kernels.build import library_of
+from megatron_ultraep.kernels.build import Library, current_stream, library_of
 from megatron_ultraep.layout import ExpertLayout
 from megatron_ultraep.runtime.memory import AddressTable, Region, SymmetricMemory
 from megatron_ultraep.runtime.planning import Planned
@@ -53,35 +53,36 @@ _STASH_BLOCKS = 264
 
 
 class _SideStream:
-    """Work beside the computing stream. On a CPU everything runs at once, and this is nothing."""
+    """Work beside the computing stream. On a CPU everything runs at once, and this is nothing.
 
-    def __init__(self, device: torch.device) -> None:
-        # High priority: its few blocks start although the computing stream has filled the device.
-        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+    Raw handles, because a Python object for each stream and event costs the host more than the call.
 
-    @property
-    def raw(self) -> int:
-        return 0 if self._stream is None else int(self._stream.cuda_stream)
+    Args:
+        device: of the stream.
+        kernels: of the device.
+    """
+
+    def __init__(self, device: torch.device, kernels: Library) -> None:
+        self._device, self._kernels = device, kernels
+        self.raw = 0
+        if device.type == "cuda":
+            # High priority: its few blocks start although the computing stream has filled the device.
+            self._stream = torch.cuda.Stream(device, priority=-1)
+            self._events = [torch.cuda.Event() for _ in range(2)]
+            for event in self._events:
+                event.record(self._stream)  # makes the handle
+            self.raw = int(self._stream.cuda_stream)
+            self._fork, self._join = (int(event.cuda_event) for event in self._events)
 
     def follow(self) -> None:
         """Wait for what the current stream has queued so far."""
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
+        if self.raw:
+            self._kernels("follow", self._fork, current_stream(self._device), stream=self.raw)
 
-    def mark(self) -> _Mark:
-        return _Mark(None if self._stream is None else self._stream.record_event())
-
-
-class _Mark:
-    """A moment of a side stream."""
-
-    def __init__(self, event: Any = None) -> None:
-        self._event = event
-
-    def wait(self) -> None:
-        """Make the current stream wait for it."""
-        if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+    def join(self) -> None:
+        """Make the current stream wait for what this one has queued so far."""
+        if self.raw:
+            self._kernels("follow", self._join, self.raw, stream=current_stream(self._device))
 
 
 class SymmetricPool(SlotPool):
@@ -100,10 +101,10 @@ class SymmetricPool(SlotPool):
         device = shape.device
         self.flags = memory.allocate(_FLAGS * memory.size * 8)
         self.counters = torch.zeros(2, dtype=torch.int32, device=device)
-        self.placing, self.summing = _SideStream(device), _SideStream(device)
+        kernels = library_of(device)
+        self.placing, self.summing = _SideStream(device, kernels), _SideStream(device, kernels)
         self.place_call = self.reduce_call = 0
         self.freed = 0  # the call whose FREE has been told
-        self.copied, self.summed, self.clean = _Mark(), _Mark(), _Mark()
         self.clear: Callable[[], None] | None = None  # what is left to do once gradients are taken home
         self.overwritten = False  # gradient slots hold what was not accumulated
         self.kept_for_placing: Any = None
@@ -135,8 +136,9 @@ class SymmetricTransport:
     """The transport of one rank whose node's memory it can address.
 
     Args:
-        group: expert-parallel, of this transport alone.
-        node: the ranks of this rank's node, consecutive in ``group``; a group of this transport alone.
+        group: expert-parallel, between hosts (gloo), of this transport alone.
+        node: the ranks of this rank's node, consecutive in ``group``; likewise.
+        loads: the expert-parallel group on the device, for loads; None where the group is one node.
         device: GPU of this rank, or the CPU.
         timeout_s: limit of every wait on the device (s).
 
@@ -145,8 +147,8 @@ class SymmetricTransport:
             stands still first (ns).
     """
 
-    def __init__(self, group: Any, node: Any, device: torch.device, timeout_s: float) -> None:
-        self._group, self._node = group, node
+    def __init__(self, group: Any, node: Any, loads: Any | None, device: torch.device, timeout_s: float) -> None:
+        self._group, self._node, self._loads = group, node, loads
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._memory = SymmetricMemory(node, device)
         self._first = self.rank - self._memory.rank
@@ -168,9 +170,9 @@ class SymmetricTransport:
     def gather_loads(self, loads: torch.Tensor, pool: SlotPool) -> torch.Tensor:
         assert isinstance(pool, SymmetricPool)
         pool.freed = pool.place_call + 1
-        if self._memory.size != self.size:
+        if self._loads is not None:
             self._announce(pool, _FREE, pool.freed)
-            return all_gather(loads, self._group)
+            return all_gather(loads, self._loads)
         experts = loads.shape[0]
         if experts not in self._mail:
             self._mail[experts] = (self._memory.allocate(2 * self.size * experts * 8), [0])
@@ -181,7 +183,7 @@ class SymmetricTransport:
         return gathered
 
     def largest(self, values: torch.Tensor) -> list[int]:
-        return [int(v) for v in all_gather(values, self._group).amax(0).tolist()]
+        return [int(v) for v in all_gather(values.cpu(), self._group).amax(0).tolist()]
 
     def place(self, planned: Planned, pool: SlotPool, homes: Homes) -> None:
         assert isinstance(pool, SymmetricPool)
@@ -207,7 +209,6 @@ class SymmetricTransport:
             _PLACE_BLOCKS,
             stream=pool.placing.raw,
         )
-        pool.copied = pool.placing.mark()
 
     def await_placed(self, planned: Planned, pool: SlotPool) -> None:
         assert isinstance(pool, SymmetricPool)
@@ -215,14 +216,14 @@ class SymmetricTransport:
 
     def weights_sent(self, pool: SlotPool) -> None:
         assert isinstance(pool, SymmetricPool)
-        pool.copied.wait()
+        pool.placing.join()
         pool.kept_for_placing = None
 
     def before_gradients(self, planned: Planned, pool: SlotPool, dtype: torch.dtype, *, accumulate: bool) -> None:
         assert isinstance(pool, SymmetricPool)
         gradients = pool.gradients(dtype)  # zeros at first, and again after what was accumulated has been taken
         self._clear(pool)
-        pool.clean.wait()
+        pool.summing.join()
         if accumulate and pool.overwritten:
             gradients.flat.zero_()
             pool.overwritten = False
@@ -257,7 +258,6 @@ class SymmetricTransport:
             _REDUCE_BLOCKS,
             stream=pool.summing.raw,
         )
-        pool.summed = pool.summing.mark()
         zero = int(slots is None)
         pool.overwritten = slots is not None
 
@@ -274,7 +274,6 @@ class SymmetricTransport:
                 _CLEAR_BLOCKS,
                 stream=pool.summing.raw,
             )
-            pool.clean = pool.summing.mark()
 
         # Not now: with CUDA_DEVICE_MAX_CONNECTIONS=1 what is queued behind a kernel that waits for the sum (this one
         # does) waits too, and that is all the sum is to hide behind.
@@ -282,8 +281,9 @@ class SymmetricTransport:
 
     def await_home(self, pool: SlotPool) -> None:
         assert isinstance(pool, SymmetricPool)
-        pool.summed.wait()
-        self._clear(pool)
+        if pool.clear is not None:
+            pool.summing.join()
+            self._clear(pool)
 
     def check(self) -> None:
         message = self._complaint()
@@ -295,8 +295,9 @@ class SymmetricTransport:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._mail.clear()
-        for group in (self._node, self._group):
-            dist.destroy_process_group(group)
+        for group in (self._loads, self._node, self._group):
+            if group is not None:
+                dist.destroy_process_group(group)
 
     def _clear(self, pool: SymmetricPool) -> None:
         if pool.clear is not None:
@@ -323,7 +324,7 @@ class SymmetricTransport:
     def _launch(self, name: str, pool: SymmetricPool, *arguments: Any, stream: int | None = None) -> None:
         """Launch a kernel that knows the ranks of the node; on the current stream by default."""
         if stream is None:
-            stream = torch.cuda.current_stream().cuda_stream if self._device.type == "cuda" else 0
+            stream = current_stream(self._device)
         if self.disturb is not None:
             self._kernels("delay", self.disturb(name), stream=stream)
         memory = self._memory

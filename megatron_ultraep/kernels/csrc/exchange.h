@@ -586,6 +586,35 @@ struct Stash {
   }
 };
 
+// One block: what a dispatcher counts, of one rank's part of a plan's quota `[ranks, ranks * width]`.
+struct Splits {
+  const int64* quota;
+  int64* out;  // sent [ranks], received [ranks], tokens of its physical experts [width], received [ranks, width]
+  int ranks, width, source;
+
+  ULTRAEP_DEVICE void operator()(Block block, char*) const {
+    size_t row = (size_t)ranks * width;
+    const int64* sent = quota + source * row;
+    const int64* received = quota + (size_t)source * width;
+    for (int i = block.rank(); i < ranks; i += block.size()) {
+      int64 to = 0, from = 0;
+      for (int place = 0; place < width; ++place) {
+        to += sent[(size_t)i * width + place];
+        from += received[i * row + place];
+      }
+      out[i] = to;
+      out[ranks + i] = from;
+    }
+    for (int place = block.rank(); place < width; place += block.size()) {
+      int64 tokens = 0;
+      for (int rank = 0; rank < ranks; ++rank) tokens += received[rank * row + place];
+      out[2 * ranks + place] = tokens;
+    }
+    for (int i = block.rank(); i < ranks * width; i += block.size())
+      out[2 * ranks + width + i] = received[i / width * row + i % width];
+  }
+};
+
 // Artificial lateness, for tests: the stream stands still for so long.
 struct Delay {
   uint64 ns;

@@ -147,6 +147,23 @@ int ultraep_stash(int64_t rank, int64_t ranks, void* flags, void* replica_expert
   return UNKNOWN_DTYPE;
 }
 
+// What is queued on `from` so far happens before what is queued on `stream` from now on; `event` is a cudaEvent_t.
+int ultraep_follow(int64_t event, int64_t from, void* stream) {
+#if defined(__CUDACC__)
+  cudaError_t error = cudaEventRecord((cudaEvent_t)event, (cudaStream_t)from);
+  if (error == cudaSuccess) error = cudaStreamWaitEvent((cudaStream_t)stream, (cudaEvent_t)event, 0);
+  return (int)error;
+#else
+  return (int)(0 * (event + from + (int64_t)stream));
+#endif
+}
+
+int ultraep_splits(int64_t ranks, int64_t width, int64_t source, void* quota, void* out, void* stream) {
+  Splits kernel{(const int64*)quota, (int64*)out, (int)ranks, (int)width, (int)source};
+  int64_t words = ranks * width;
+  return launch(kernel, 1, words < 512 ? (int)(words + 31) / 32 * 32 : 512, 0, stream);
+}
+
 int ultraep_delay(int64_t ns, void* stream) { return launch(Delay{(uint64)ns}, 1, 32, 0, stream); }
 
 }  // extern "C"
