@@ -94,9 +94,10 @@ class PhysicalExperts:
         device, dtype = self.shape.device, self.shape.dtype
         weights = [[p.detach().requires_grad_() for p in self.home_parameters[0]]]
         weights += [[p.detach() for p in self.home_parameters[0]] for _ in self._places[1:]]
-        hidden = torch.zeros(
-            tokens, int(self._stock.config.hidden_size), dtype=dtype, device=device, requires_grad=True
-        )
+        # Random, as multiplying zeros is faster; from a generator of its own, as the job's must not notice.
+        generator = torch.Generator(device).manual_seed(0)
+        size = (tokens, int(self._stock.config.hidden_size))
+        hidden = torch.randn(size, dtype=dtype, device=device, generator=generator).requires_grad_()
         counts = torch.tensor([tokens] + [0] * (len(self._places) - 1), dtype=torch.int64)
         # Kernels that accumulate weight gradients themselves would add to main gradients.
         fusing = [m for m in self._twin.modules() if getattr(m, "fuse_wgrad_accumulation", False)]
