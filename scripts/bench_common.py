@@ -153,11 +153,11 @@ def _ours(bench: Any, routes: Any, options: Options, block: Callable[..., Any], 
         skipped = {name.rpartition("/")[2]: share for name, share in mean.items() if name.startswith("moe/skipped/")}
         made.skipped = {name: round(share, 3) for name, share in skipped.items() if share}
         made.slot_gib = largest_of_ranks({"slots": balancer.slot_bytes / GIB})["slots"]
-        timings: Any = getattr(balancer, "timings", None)
-        if timings is not None:  # a run of its own: recording takes time
-            timings(True)
-            bench.block(routes, iterations=min(5, options.iterations), warmup=1, balancer=balancer)
-            made.exposed_us = {name: round(us, 2) for name, us in largest_of_ranks(timings(False)).items()}
+        if balancer.costs is not None:
+            made.gate = {"token_ns": balancer.costs.token_ps / 1e3, "replica_us": balancer.costs.replica_ps / 1e6}
+        balancer.timings(True)  # a run of its own: recording takes time
+        bench.block(routes, iterations=min(5, options.iterations), warmup=1, balancer=balancer)
+        made.exposed_us = {name: round(us, 2) for name, us in largest_of_ranks(balancer.timings(False)).items()}
     finally:
         detach(bench.subject.chunks)
 

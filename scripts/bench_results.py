@@ -28,6 +28,7 @@ class Row:
         fraction_of_balanced: ``ms`` of ``balanced`` / ``ms``.
         device_gib: see :class:`scripts.bench_rank.Bench`.
         exposed_us: of ours, mean time of a layer's call that each part of balancing held up (us), on the slowest rank.
+        gate: the constants it was given: a token (ns), a replica (us).
     """
 
     layout: str
@@ -46,6 +47,7 @@ class Row:
     slot_gib: float = 0.0
     skipped: dict[str, float] = field(default_factory=dict)
     exposed_us: dict[str, float] = field(default_factory=dict)
+    gate: dict[str, float] = field(default_factory=dict)
 
 
 class Report:
@@ -100,6 +102,8 @@ def line(row: Row) -> str:
         text += f"  noise {row.noise:.1%}"
     if row.skipped:
         text += "  left alone: " + ", ".join(f"{name} {share:.0%}" for name, share in row.skipped.items())
+    if row.gate:
+        text += "\n" + " " * 20 + "gate: " + ", ".join(f"{name} {value:.1f}" for name, value in row.gate.items())
     if row.exposed_us:
         text += "\n" + " " * 20 + "exposed us: " + "; ".join(f"{n} {us:.1f}" for n, us in row.exposed_us.items())
     return text
