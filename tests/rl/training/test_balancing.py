@@ -1,5 +1,7 @@
 """Balancing changes where experts are computed and nothing else: losses, gradients, weights, optimizer, checkpoint."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -40,20 +42,29 @@ def directory(tmp_path_factory):
     return biased_model(tmp_path_factory.mktemp("balancing") / "m", strength=25.0)
 
 
-def both(ranks, directory, world, layout, spec, **more):
+def both(ranks, directory, world, layout, spec, transport="auto", **more):
     """Merged results without and with balancing."""
     own = spec["dtype"] == "float64"
     arguments = {"steps": 3, "routes": "own" if own else "replay", "replay": not own, "budget": 64} | spec | more
     return [
         merge_steps(ranks(world).run(several_steps, directory, layout, balance=balance, **arguments))
-        for balance in (None, BALANCE)
+        for balance in (None, dataclasses.replace(BALANCE, transport=transport))
     ]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_training_equals_stock(ranks, directory, case):
+    compare(ranks, directory, case, "collective")
+
+
+@pytest.mark.parametrize("case", ["ep4", "tp2xep2", "recompute moe", *(c for c in CASES if "overlapped" in c)])
+def test_training_through_symmetric_memory_equals_stock(ranks, directory, case):
+    compare(ranks, directory, case, "symmetric")
+
+
+def compare(ranks, directory, case, transport):
     world, layout, spec = CASES[case]
-    stock, balanced = both(ranks, directory, world, layout, spec)
+    stock, balanced = both(ranks, directory, world, layout, spec, transport)
     losses, gradients = BARS[spec["dtype"]]
     assert np.abs(balanced["losses"] / stock["losses"] - 1).max() <= losses
     assert worst(balanced["tensors"], stock["tensors"]) <= gradients
@@ -103,11 +114,12 @@ def late_join(directory, layout):
     for layer in worker.balancer.layers:
         balancer = layer._ultraep.balancer
 
-        def postpone(call, homes, slots, join=balancer.join):
+        def postpone(link, slots, balancer=balancer, send=balancer._send_home):
             kept = [None if s is None else s.clone() for s in slots]
-            late.append(lambda: join(call, [None] * len(homes), kept))
+            late.append(lambda: (send(link, kept), balancer.transport.await_home(balancer.pool)))
 
-        balancer.join = postpone
+        balancer._send_home = postpone
+        balancer._end_home = lambda link, homes: homes
     (chunk,) = worker.actor.wrapped
     finish = chunk.finish_grad_sync
 
