@@ -411,8 +411,8 @@ def _symmetric(config: BalanceConfig, groups: Sequence[tuple[int, ...]], told: S
         return True
     if config.transport == "symmetric":
         raise Unsupported(f"transport 'symmetric' cannot be used: {why_not}")
-    if dist.get_rank() == 0:
-        log.info("balancing: transport 'collective': %s", why_not)
+    if dist.get_rank() == 0:  # on GPUs it is worth a warning: the other one is faster
+        log.log(logging.WARNING if torch.cuda.is_available() else logging.INFO, "transport 'collective': %s", why_not)
     return False
 
 
