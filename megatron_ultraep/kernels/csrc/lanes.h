@@ -161,9 +161,10 @@ inline const char* run_block(int threads, uint32_t seed, void (*body)(void*), vo
 
 }  // namespace lanes
 
-enum { kSync, kBlockSync, kAny, kReduce, kSumBefore, kFrom, kCount, kCountBefore };
+enum { kSync, kBlockSync, kAny, kReduce, kSumBefore, kFrom, kCount, kCountBefore, kMembers };
 
 struct Warp {
+  static constexpr int kWidth = lanes::kWidth;
   int rank() const { return lanes::current() % lanes::kWidth; }
   int size() const { return lanes::kWidth; }
   void sync() const { lanes::meet(lanes::machine()->warps[lanes::current() / lanes::kWidth], kSync); }
@@ -171,6 +172,13 @@ struct Warp {
     bool all[lanes::kWidth];
     lanes::exchange(kAny, value, all);
     return std::any_of(all, all + lanes::kWidth, [](bool b) { return b; });
+  }
+  uint32 members(bool value) const {
+    bool all[lanes::kWidth];
+    lanes::exchange(kMembers, value, all);
+    uint32 set = 0;
+    for (int i = 0; i < lanes::kWidth; ++i) set |= (uint32)all[i] << i;
+    return set;
   }
   int count(bool value) const {
     bool all[lanes::kWidth];

@@ -5,6 +5,8 @@
 // and targets minus counts, fit int32; so does every sum of slacks that is compared (see `receiver`).
 #pragma once
 
+#include <limits>
+
 #include "team.h"
 
 namespace ultraep {
@@ -19,6 +21,7 @@ constexpr int kLadder = kPolicies * kSteps;   // attempts of a ladder
 constexpr int kMostWarps = kPolicies + kLadder;  // the first target and a ladder side by side
 constexpr int kWaves = 3;
 constexpr int kDecision = 6;  // numbers of a decision: outcome, before, after, bound, saved_ps, cost_ps
+constexpr int kInFlight = Warp::kWidth == 1 ? 1 : 32;  // loads of a thread that do not wait for each other
 constexpr uint32 kNoName = ~0u;
 constexpr int32 kMost = 0x7fffffff;
 
@@ -54,6 +57,19 @@ struct alignas(8) Held {
   int32 tokens;
 };
 
+// An expert of a rank.
+struct alignas(8) Home {
+  int32 tokens;
+  int32 place;
+};
+
+// How many ranks of a node each member of a warp keeps in registers (`NarrowAttempt`); 0 where there are too many ranks,
+// or too many experts a rank, and everything is in shared memory (`Attempt`).
+ULTRAEP_BOTH int items_of(int ranks, int homes) {
+  if (Warp::kWidth < 32 || homes > Warp::kWidth) return 0;
+  return ranks <= Warp::kWidth ? 1 : ranks <= 2 * Warp::kWidth ? 2 : ranks <= 4 * Warp::kWidth ? 4 : 0;
+}
+
 // The best attempt of a warp.
 struct Best {
   int64 key;
@@ -81,6 +97,7 @@ struct Node {
   int32* load;      // [D]
   int32* hottest;   // [D] ranks by load, descending; ties to the lower rank
   int32* coldest;   // [D] ranks by load, ascending; ties to the lower rank
+  Home* by_name;    // [D L] of each rank, by logical expert; for `NarrowAttempt`
   Best* best;       // [waves, warps]
   int32* partial;   // [threads]
 
@@ -90,6 +107,7 @@ struct Node {
     load = arena.take<int32>(ranks);
     hottest = arena.take<int32>(ranks);
     coldest = arena.take<int32>(ranks);
+    by_name = arena.take<Home>(items_of(ranks, homes) ? ranks * homes : 0);
     best = arena.take<Best>(kWaves * kMostWarps);
     partial = arena.take<int32>(kMostWarps * 32);
   }
@@ -132,8 +150,8 @@ ULTRAEP_BOTH size_t search_warp_bytes(int ranks, int homes, int slots) {
   return arena.used;
 }
 
-// One attempt (`_attempt`), by one warp. What is called uniform is the same for all its members.
-struct Attempt {
+// What all attempts (`_attempt`) have, each made by one warp. What is called uniform is the same for all its members.
+struct AnyAttempt {
   const Node& node;
   Scratch& scratch;
   int ranks, homes, slots;
@@ -145,6 +163,33 @@ struct Attempt {
   int32 peak;
   int link;
 
+  // `_relay`: the replica that can grow the most, at most by `piece`, which is set to how much; -1 for none. Uniform.
+  ULTRAEP_DEVICE int best_relay(int place, int giver, int32& piece, const Replica* replicas, int relays) {
+    const int lane = warp.rank(), lanes = warp.size();
+    for (int i = lane; i < count; i += lanes)
+      if (replicas[i].place == place) scratch.mark[replicas[i].rank] = relays;
+    warp.sync();
+    int32 most = min_tokens - 1;
+    int best = kMost;
+    for (int i = lane; i < count; i += lanes) {
+      const Replica replica = replicas[i];
+      const int32 more =
+          smaller(piece, smaller(scratch.slack[replica.rank], scratch.home_tokens[replica.place] - 1));
+      if (more > most && replica.home != giver && scratch.received[replica.home] != slots &&
+          scratch.mark[replica.home] != relays) {
+        most = more;
+        best = i;
+      }
+    }
+    const int32 of_all = warp.max(best == kMost ? -1 : most);
+    if (of_all < 0) return -1;
+    piece = of_all;
+    return warp.min(best != kMost && most == of_all ? best : kMost);
+  }
+};
+
+// An attempt in a node of any size.
+struct Attempt : AnyAttempt {
   ULTRAEP_DEVICE void run(int32 target, bool cold_first, int buffer) {
     const int lane = warp.rank(), lanes = warp.size();
     Replica* replicas = scratch.replicas + buffer * ranks * slots;
@@ -321,34 +366,236 @@ struct Attempt {
     if (warp.rank() == 0) receivers[position + moved] = Receiver{left, rank};
     return usable ? room : room - 1;
   }
+};
 
-  // `_relay`: the replica that can grow the most, at most by `piece`, which is set to how much; -1 for none. Uniform.
-  ULTRAEP_DEVICE int best_relay(int place, int giver, int32& piece, const Replica* replicas, int relays) {
-    const int lane = warp.rank(), lanes = warp.size();
-    for (int i = lane; i < count; i += lanes)
-      if (replicas[i].place == place) scratch.mark[replicas[i].rank] = relays;
+// An attempt in a node of at most `Items` ranks for each member of a warp, and as many experts a rank as a warp has
+// members. What every replica depends on is in registers: the receivers, and the experts of the rank that exports.
+//
+// Shared memory is written along, for relays and for the peak, and read only after a `sync`:
+// - `slack` and `received` by member 0 alone (but for the start), so that its later writes come after its earlier ones;
+//   `received` counts relays only, which go to ranks that are no receivers;
+// - `home_tokens` of a rank when its turn ends, by the member that has the expert; only relays of later turns read or
+//   change it;
+// - a replica once, by the member that has its expert.
+template <int Items>
+struct NarrowAttempt : AnyAttempt {
+  // The receivers by slack, descending; ties to the lower rank: at lane + 32 k. Void from `room` on.
+  int32 slack[Items];
+  uint32 until[Items];  // sum of the slacks up to this one, modulo 2^32: see `Attempt::receiver`
+  uint32 who[Items];    // received * 2^16 + rank
+
+  ULTRAEP_DEVICE void run(int32 target, bool cold_first, int buffer) {
+    const int lane = warp.rank();
+    Replica* replicas = scratch.replicas + buffer * ranks * slots;
+    int32* replica_tokens = scratch.replica_tokens + buffer * ranks * slots;
+    int givers = 0, room = 0, relays = 0;
+    uint32 carry = 0;
+#pragma unroll
+    for (int k = 0; k < Items; ++k) {
+      const int i = at(k);
+      const bool exists = i < ranks;
+      const int rank = exists ? node.coldest[i] : 0;
+      slack[k] = exists ? target - node.load[rank] : 0;
+      who[k] = (uint32)rank;
+      if (exists) {
+        scratch.slack[rank] = slack[k];
+        scratch.received[rank] = 0;
+        scratch.mark[rank] = 0;
+      }
+      givers += warp.count(exists && slack[k] < 0);
+      room += warp.count(exists && slack[k] >= min_tokens);  // cold ranks first: the beginning of the list
+      uint32 total;
+      until[k] = carry + warp.sum_before((uint32)slack[k], total) + (uint32)slack[k];
+      carry += total;
+    }
+    if (slots == 0) room = 0;
+    count = 0;
+    link = 0;
+    warp.sync();  // member 0 writes next
+    // Read one turn ahead: nothing of it changes before.
+    int next = 0;
+    int32 next_over = 0;
+    Home next_home{-1, 0};
+    const auto read = [&](int turn) {
+      if (turn >= givers) return;
+      next = node.hottest[cold_first ? givers - 1 - turn : turn];
+      next_over = node.load[next] - target;
+      if (lane < homes) next_home = node.by_name[next * homes + lane];
+    };
+    read(0);
+    for (int turn = 0; turn < givers; ++turn) {
+      const int giver = next;
+      int32 over = next_over;  // uniform, as all that follows but this member's expert
+      Home home = next_home;   // tokens -1: none
+      read(turn + 1);
+      int sent = 0;
+      while (over > 0) {
+        // `_largest_expert`: the lower logical expert is the lower member.
+        const int32 tokens = warp.max(home.tokens);
+        if (tokens <= min_tokens) break;
+        const int holder = first_of(warp.members(home.tokens == tokens));
+        const int32 need = larger(over, min_tokens);
+        int32 piece = smaller(need, tokens - 1);
+        int rank, received;
+        if (room > 0) {
+          const int position = receiver(need, room);
+          const int32 old = value_at(slack, position);
+          const uint32 found = value_at(who, position);
+          rank = (int)(found & 0xffff);
+          received = (int)(found >> 16);
+          piece = smaller(piece, old);
+          const int32 left = old - piece;
+          if (lane == 0) scratch.slack[rank] = left;
+          const bool usable = received + 1 < slots && left >= min_tokens;
+          reorder(position, room, usable, left, old, found + (1u << 16));
+          room -= !usable;
+        } else {
+          ++relays;
+          warp.sync();  // what was written since the last relay
+          const int place = warp.from(home.place, holder);
+          const int relay = best_relay(place, giver, piece, replicas, relays);
+          Replica grown{};
+          received = 0;
+          if (relay >= 0) {
+            grown = replicas[relay];
+            received = scratch.received[grown.home];
+          }
+          warp.sync();  // all have read what is written now, or when the turn ends
+          if (relay < 0) break;
+          rank = grown.home;
+          if (lane == 0) {
+            replica_tokens[relay] += piece;
+            scratch.home_tokens[grown.place] -= piece;
+            scratch.slack[grown.rank] -= piece;  // and the rank has as much more slack, for a moment
+            scratch.received[rank] = received + 1;
+          }
+        }
+        if (lane == holder) {
+          replicas[count] = Replica{(uint16_t)home.place, (uint16_t)rank, (uint16_t)giver, (uint16_t)received};
+          replica_tokens[count] = piece;
+          home.tokens -= piece;
+        }
+        over -= piece;
+        ++count;
+        ++sent;
+        link = larger(link, larger(sent, received + 1));
+      }
+      if (lane < homes) scratch.home_tokens[home.place] = home.tokens;
+      if (lane == 0) scratch.slack[giver] = -over;
+    }
     warp.sync();
-    int32 most = min_tokens - 1;
-    int best = kMost;
-    for (int i = lane; i < count; i += lanes) {
-      const Replica replica = replicas[i];
-      const int32 more =
-          smaller(piece, smaller(scratch.slack[replica.rank], scratch.home_tokens[replica.place] - 1));
-      if (more > most && replica.home != giver && scratch.received[replica.home] != slots &&
-          scratch.mark[replica.home] != relays) {
-        most = more;
-        best = i;
+    int32 least = kMost;
+    for (int i = lane; i < ranks; i += warp.size()) least = smaller(least, scratch.slack[i]);
+    peak = target - warp.min(least);
+    warp.sync();  // before the next attempt writes
+  }
+
+  // Values, not places: `?:` would choose an address, and keep arrays out of registers.
+  template <class T>
+  ULTRAEP_DEVICE static T pick(bool condition, T a, T b) {
+    return condition ? a : b;
+  }
+
+  // Position of this member's k-th receiver.
+  ULTRAEP_DEVICE int at(int k) const { return warp.rank() + 32 * k; }
+
+  // What is at a position, which is uniform.
+  template <class T>
+  ULTRAEP_DEVICE T value_at(const T (&values)[Items], int position) const {
+    T value = values[0];
+#pragma unroll
+    for (int k = 1; k < Items; ++k) value = pick(position >> 5 == k, values[k], value);
+    return warp.from(value, position & 31);
+  }
+
+  // `_receiver`: the position to begin at, uniform. See `Attempt::receiver`: runs of the width that hold the need come
+  // first, and do not grow. So the first of the least ones is the last that holds it and is less than the one before.
+  ULTRAEP_DEVICE int receiver(int32 need, int room) const {
+    const int lane = warp.rank();
+    int width = 0;  // less one
+    bool held = false;
+#pragma unroll
+    for (int k = Items - 1; k >= 0; --k) {
+      // From the first that holds the need on sums may have wrapped.
+      const uint32 holds = warp.members(at(k) < room && until[k] >= (uint32)need);
+      if (holds) {
+        width = first_of(holds) + 32 * k;
+        held = true;
       }
     }
-    const int32 of_all = warp.max(best == kMost ? -1 : most);
-    if (of_all < 0) return -1;
-    piece = of_all;
-    return warp.min(best != kMost && most == of_all ? best : kMost);
+    if (!held) return 0;
+    int32 run[Items], wrapped[Items];
+    if (width == 0) {
+#pragma unroll
+      for (int k = 0; k < Items; ++k) run[k] = slack[k];
+    } else {
+      uint32 other[Items];
+#pragma unroll
+      for (int k = 0; k < Items; ++k) other[k] = warp.from(until[k], (lane + width) & 31);
+#pragma unroll
+      for (int k = 0; k < Items; ++k) {
+        const int item = (at(k) + width) >> 5;
+        uint32 end = other[k];
+#pragma unroll
+        for (int later = k + 1; later < Items; ++later) end = pick(item == later, other[later], end);
+        run[k] = (int32)(end - until[k] + (uint32)slack[k]);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < Items; ++k) wrapped[k] = warp.from(run[k], (lane + 31) & 31);
+    int position = 0;
+#pragma unroll
+    for (int k = 0; k < Items; ++k) {
+      const int32 before = pick(lane == 0, wrapped[k ? k - 1 : 0], wrapped[k]);
+      const uint32 less =
+          warp.members((at(k) + width < room) & (run[k] >= need) & ((at(k) == 0) | (run[k] < before)));
+      if (less) position = last_of(less) + 32 * k;
+    }
+    return position;
+  }
+
+  // `_reorder`: move the receiver at a position, whose slack was `old` and is now `left`, back to where it belongs, or
+  // to the end of the room, which the caller takes away where it is not usable.
+  ULTRAEP_DEVICE void reorder(int position, int room, bool usable, int32 left, int32 old, uint32 moved) {
+    const int lane = warp.rank();
+    const int neighbour = (lane + 1) & 31;
+    const uint32 rank = moved & 0xffff;
+    // Of those after the position. `&` and `|` here and below: branches would cost more.
+    const auto ahead = [&](int i, int32 its, uint32 name) {
+      return (i < room) & (!usable | (its > left) | ((its == left) & ((name & 0xffff) < rank)));
+    };
+    int32 its[Items + 1];
+    uint32 sum[Items + 1], name[Items + 1];
+#pragma unroll
+    for (int k = 0; k < Items; ++k) {
+      its[k] = warp.from(slack[k], neighbour);
+      sum[k] = warp.from(until[k], neighbour);
+      name[k] = warp.from(who[k], neighbour);
+    }
+    its[Items] = 0;
+    sum[Items] = name[Items] = 0;
+#pragma unroll
+    for (int k = 0; k < Items; ++k) {
+      const int i = at(k);
+      const bool wraps = lane == 31;
+      const int32 next = pick(wraps, its[k + 1], its[k]);
+      const uint32 next_sum = pick(wraps, sum[k + 1], sum[k]);
+      const uint32 next_name = pick(wraps, name[k + 1], name[k]);
+      const bool here = (i == position) | ((i > position) & ahead(i, slack[k], who[k]));
+      const bool moves_up = here & ahead(i + 1, next, next_name);
+      until[k] = pick(moves_up, next_sum - (uint32)old, until[k] - pick(i >= position, (uint32)(old - left), 0u));
+      slack[k] = pick(here, pick(moves_up, next, left), slack[k]);
+      who[k] = pick(here, pick(moves_up, next_name, moved), who[k]);
+    }
   }
 };
 
 // One block for each node: which replicas exist, how many tokens each takes, and the decision (`_balance`).
+// `Items`: see `items_of`.
+template <int Items>
 struct Search {
+  static constexpr int kMostThreads = kMostWarps * 32;
+
   const int64* loads;      // [G, E]
   const int32* expert_at;  // [E]
   int64* decisions;        // [nodes, 6], written; idle nodes are not spared yet
@@ -370,14 +617,11 @@ struct Search {
     count_tokens(block, node);
     order_ranks(block, node);
 
-    int32 sum = 0, most = 0;
-    for (int i = warp.rank(); i < node_size; i += warp.size()) {
-      sum += node.load[i];
-      most = larger(most, node.load[i]);
-    }
+    int32 sum = 0;
+    for (int i = warp.rank(); i < node_size; i += warp.size()) sum += node.load[i];
     const int32 total = warp.sum(sum);
-    const int32 before = warp.max(most);
-    const int32 bound = (int32)(((int64)total + node_size - 1) / node_size);
+    const int32 before = node.load[node.hottest[0]];
+    const int32 bound = (int32)(((uint32)total + node_size - 1) / (uint32)node_size);
     // At most twice the bound: int64, and below `before` wherever it is a target.
     const int64 tolerated = (int64)bound * (1000000 + tolerance_ppm) / 1000000;
     int64 decision[kDecision] = {total == 0 ? kEmpty : kWithinTolerance, before, before, bound, 0, 0};
@@ -389,7 +633,8 @@ struct Search {
     // The first ladder has one target; the second runs beside it where it is wanted anyhow, and where there are warps
     // for both it does so on the chance that it is.
     const bool together = gated || block.warps() >= kMostWarps;
-    Attempt attempt{node, scratch, node_size, homes, slots, min_tokens, warp, 0, 0, 0};
+    std::conditional_t<Items == 0, Attempt, NarrowAttempt<Items>> attempt{
+        {node, scratch, node_size, homes, slots, min_tokens, warp, 0, 0, 0}};
     Best best{0, 0, before, 0, before, 0};
     int32 lowest = before;
     int compared = block.warps();
@@ -423,12 +668,12 @@ struct Search {
           break;
         }
       }
-      for (int i = 0; i < block.warps(); ++i) lowest = smaller(lowest, row[i].lowest);
+      int32 least = lowest;
+      for (int i = warp.rank(); i < block.warps(); i += warp.size()) least = smaller(least, row[i].lowest);
+      lowest = warp.min(least);
     }
 
-    int winner = 0;
-    for (int i = 1; i < compared; ++i)
-      if (all[i].better_than(all[winner])) winner = i;
+    const int winner = best_of(warp, all, compared);
     best = all[winner];
     if (best.count == 0) {
       decision[0] = kNoReplicaPossible;
@@ -461,6 +706,26 @@ struct Search {
     write(block, decision, by_rank, slots);
   }
 
+  // Which of them is the best; uniform. Field by field in the order of `better_than`.
+  ULTRAEP_DEVICE int best_of(Warp warp, const Best* all, int compared) const {
+    int mine = smaller(warp.rank(), compared - 1);
+    for (int i = mine + warp.size(); i < compared; i += warp.size())
+      if (all[i].better_than(all[mine])) mine = i;
+    const Best& best = all[mine];
+    bool still = best.count != 0;
+    // Among those that still are candidates keep the ones with the least; without any nothing matters.
+    const auto keep = [&](auto value) {
+      const auto least = warp.min(still ? value : std::numeric_limits<decltype(value)>::max());
+      still = still && value == least;
+    };
+    keep((int32)(best.key >> 32));
+    keep((uint32)best.key);
+    keep(best.count);
+    keep(best.peak);
+    keep(best.attempt);
+    return warp.max(still ? mine : 0);
+  }
+
   ULTRAEP_DEVICE Scratch scratch_of(char* memory) const {
     Arena arena{memory, 0};
     Scratch scratch;
@@ -473,15 +738,27 @@ struct Search {
     const int places = node_size * homes;
     const int32* here = expert_at + (int64)block.id() * places;
     const int shares = larger(1, block.size() / places);
+    // Of a single node the sums are by expert, so no load waits for `here`.
+    const bool by_expert = shares > 1 && places == experts;
     for (int i = block.rank(); i < places * shares; i += block.size()) {
       const int place = i % places;
       const int expert = here[place];
-      const int64* load = loads + expert;
+      const int64* load = loads + (by_expert ? place : expert);
       int32 sum = 0;
+      for (int source = i / places; source < ranks; source += kInFlight * shares) {
+        int32 some[kInFlight];
 #if defined(__CUDACC__)
-#pragma unroll 16
+#pragma unroll
 #endif
-      for (int source = i / places; source < ranks; source += shares) sum += (int32)load[(int64)source * experts];
+        for (int k = 0; k < kInFlight; ++k) {
+          const int here = source + k * shares;
+          some[k] = here < ranks ? (int32)load[(int64)here * experts] : 0;
+        }
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+        for (int k = 0; k < kInFlight; ++k) sum += some[k];
+      }
       (shares > 1 ? node.partial : node.tokens)[i] = sum;
       if (i < places) node.name[place] = (uint32)expert << 16 | (uint32)place;
     }
@@ -489,7 +766,8 @@ struct Search {
     if (shares == 1) return;
     for (int place = block.rank(); place < places; place += block.size()) {
       int32 sum = 0;
-      for (int share = 0; share < shares; ++share) sum += node.partial[share * places + place];
+      const int column = by_expert ? (int)(node.name[place] >> 16) : place;
+      for (int share = 0; share < shares; ++share) sum += node.partial[share * places + column];
       node.tokens[place] = sum;
     }
     block.sync();
@@ -503,17 +781,31 @@ struct Search {
       node.load[rank] = sum;
     }
     block.sync();
-    for (int rank = block.rank(); rank < node_size; rank += block.size()) {
+    // A warp counts how many others come before a rank.
+    const Warp warp{};
+    for (int rank = block.warp(); rank < node_size; rank += block.warps()) {
       const int32 mine = node.load[rank];
-      int more = 0, less = 0, equal = 0;
-      for (int other = 0; other < node_size; ++other) {
-        const int32 its = node.load[other];
-        more += its > mine;
-        less += its < mine;
-        equal += its == mine && other < rank;
+      int hotter = 0, colder = 0;
+      for (int start = 0; start < node_size; start += warp.size()) {
+        const int other = start + warp.rank();
+        const int32 its = other < node_size ? node.load[other] : mine;  // and not before it
+        const bool earlier = its == mine && other < rank;
+        hotter += warp.count(its > mine || earlier);
+        colder += warp.count(its < mine || earlier);
       }
-      node.hottest[more + equal] = rank;
-      node.coldest[less + equal] = rank;
+      if (warp.rank() == 0) {
+        node.hottest[hotter] = rank;
+        node.coldest[colder] = rank;
+      }
+    }
+    if (Items) {
+      for (int place = block.rank(); place < node_size * homes; place += block.size()) {
+        const int first = place / homes * homes;
+        const uint32 name = node.name[place];
+        int position = first;
+        for (int other = first; other < first + homes; ++other) position += node.name[other] < name;
+        node.by_name[position] = Home{node.tokens[place], place};
+      }
     }
     block.sync();
   }
@@ -538,24 +830,32 @@ struct Search {
   }
 };
 
+struct alignas(16) Quad {
+  int32 a, b, c, d;
+};
+
+constexpr int kTogether = Warp::kWidth == 1 ? 1 : 2;  // sources that a member handles at once
+constexpr int kSlotsAtOnce = Warp::kWidth == 1 ? 1 : 4;  // slots that a member reads at once
+constexpr int kCounted = 64;  // up to so many ranks an order statistic is found by comparing all with all
+
 // What one warp of `Fill` works on, in shared memory.
 struct Shares {
-  int32* held;       // [D R, 2] of the node
   int32* column;     // [D] physical id of each copy
+  int32* rank;       // [D] of each copy
   int32* tokens;     // [D] of each copy, less what its own rank sends
   int32* local;      // [D] what its own rank sends
   int32* rest;       // [G] tokens of each source that have no copy yet
   int32* share;      // [G]
-  int32* remainder;  // [G]
+  int32* remainder;  // [G], and zeros up to a multiple of 4
 
   ULTRAEP_BOTH void place(Arena& arena, int ranks, int node_size, int slots) {
-    held = arena.take<int32>(2 * node_size * slots);
     column = arena.take<int32>(node_size);
+    rank = arena.take<int32>(node_size);
     tokens = arena.take<int32>(node_size);
     local = arena.take<int32>(node_size);
     rest = arena.take<int32>(ranks);
     share = arena.take<int32>(ranks);
-    remainder = arena.take<int32>(ranks);
+    remainder = arena.take<int32>((ranks + 3) / 4 * 4);
   }
 };
 
@@ -566,16 +866,16 @@ ULTRAEP_BOTH size_t fill_warp_bytes(int ranks, int node_size, int slots) {
   return arena.used;
 }
 
-ULTRAEP_DEVICE int32 greatest_common_divisor(int32 a, int32 b) {
+ULTRAEP_DEVICE uint32 greatest_common_divisor(uint32 a, uint32 b) {
   while (b) {
-    const int32 rest = a % b;
+    const uint32 rest = a % b;
     a = b;
     b = rest;
   }
   return a;
 }
 
-// The plan as tensors, from what `Search` decided. A warp at a time for each home place, slot and node.
+// The plan as tensors, from what `Search` decided. A warp at a time for each home place (twice), slot and node.
 struct Fill {
   const int64* loads;       // [G, E]
   const int32* expert_at;   // [E]
@@ -600,10 +900,12 @@ struct Fill {
     shares.place(arena, ranks, node_size, slots);
     // Homes first: they take longest.
     for (int task = block.id() * block.warps() + block.warp(); task < tasks(); task += block.count() * block.warps()) {
-      const int slot = task - experts, node = slot - ranks * slots;
+      const int slot = task - 2 * experts, node = slot - ranks * slots;
       if (task < experts) {
-        fill_copies(warp, shares, task, has_replicas(warp, task / (node_size * homes)));
+        fill_copies(warp, shares, task);
         warp.sync();  // `shares` is used again
+      } else if (task < 2 * experts) {
+        fill_stride(warp, task - experts);
       } else if (node < 0) {
         fill_slot(warp, slot, has_replicas(warp, slot / slots / node_size));
       } else {
@@ -612,7 +914,7 @@ struct Fill {
     }
   }
 
-  ULTRAEP_BOTH int tasks() const { return experts + ranks * slots + ranks / node_size; }
+  ULTRAEP_BOTH int tasks() const { return 2 * experts + ranks * slots + ranks / node_size; }
 
   ULTRAEP_DEVICE void fill_decision(Warp warp, int node) const {
     const bool spared = is_spared(warp, node);
@@ -629,15 +931,37 @@ struct Fill {
   // `_spare_idle_nodes`: whether replicas are taken back because another node would be waited for all the same.
   ULTRAEP_DEVICE bool is_spared(Warp warp, int node) const {
     if (!gated) return false;
+    const int64 outcome = decided[node * kDecision], before = decided[node * kDecision + 1];
     int64 most = 0;
     for (int i = warp.rank(); i < nodes(); i += warp.size()) most = larger(most, decided[i * kDecision + 2]);
-    const int64 slowest = warp.max(most);
-    return decided[node * kDecision] == kBalanced && decided[node * kDecision + 1] <= slowest;
+    // Loads wait for each other nowhere: `&` reads both.
+    return (outcome == kBalanced) & (before <= warp.max(most));
   }
 
   ULTRAEP_DEVICE bool has_replicas(Warp warp, int node) const {
+    const int64 outcome = decided[node * kDecision];
     const bool spared = is_spared(warp, node);
-    return decided[node * kDecision] == kBalanced && !spared;
+    return (outcome == kBalanced) & !spared;
+  }
+
+  // Slots from one on of the node: place (-1 for none, or beyond the last) and tokens.
+  struct Slots {
+    int32 place[kSlotsAtOnce], tokens[kSlotsAtOnce];
+  };
+
+  ULTRAEP_DEVICE Slots read_slots(Warp warp, int node, int start) const {
+    const int entries = node_size * slots;
+    const int32* all = held + 2 * (int64)node * entries;
+    Slots read;
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+    for (int k = 0; k < kSlotsAtOnce; ++k) {
+      const int i = start + k * warp.size() + warp.rank();
+      read.place[k] = i < entries ? all[2 * i] : -1;
+      read.tokens[k] = i < entries ? all[2 * i + 1] : 0;
+    }
+    return read;
   }
 
   // Replica expert of a slot, and zeros to an empty one.
@@ -651,27 +975,43 @@ struct Fill {
   }
 
   // Quotas of the copies of the expert at a home place of all ranks, and its row of the table (`_split_over_sources`).
-  ULTRAEP_DEVICE void fill_copies(Warp warp, const Shares& shares, int home_slot, bool has_replicas) const {
+  ULTRAEP_DEVICE void fill_copies(Warp warp, const Shares& shares, int home_slot) const {
     const int lane = warp.rank(), lanes = warp.size();
+    const int node = home_slot / (node_size * homes), first_rank = node * node_size;
+    // Slots are read whether they count or not, so that nothing but the column of loads waits for another load.
     const int expert = expert_at[home_slot];
-    const int first_rank = home_slot / (node_size * homes) * node_size;
+    const Slots first_slots = read_slots(warp, node, 0);
+    const bool replicated = has_replicas(warp, node);
     int32* row = table + (int64)expert * (3 + 2 * node_size);
     int32 own = 0;
-    for (int i = lane; i < ranks; i += lanes) {
-      shares.rest[i] = (int32)loads[(int64)i * experts + expert];
-      own += shares.rest[i];
+    for (int start = lane; start < ranks; start += kTogether * lanes) {
+      int32 here[kTogether];
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+      for (int k = 0; k < kTogether; ++k)
+        here[k] = start + k * lanes < ranks ? (int32)loads[(int64)(start + k * lanes) * experts + expert] : 0;
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+      for (int k = 0; k < kTogether; ++k) {
+        if (start + k * lanes < ranks) shares.rest[start + k * lanes] = here[k];
+        own += here[k];
+      }
     }
+    for (int i = ranks + lane; i < (ranks + 3) / 4 * 4; i += lanes) shares.remainder[i] = 0;
     const int32 tokens = warp.sum(own);
     int copies = 1;
-    if (has_replicas) copies = find_copies(warp, shares, home_slot - first_rank * homes, tokens, first_rank);
-    if (lane == 0) shares.column[0] = home_slot / homes * width() + home_slot % homes;
+    if (replicated) copies = find_copies(warp, shares, home_slot - first_rank * homes, tokens, node, first_slots);
+    if (lane == 0) {
+      shares.column[0] = home_slot / homes * width() + home_slot % homes;
+      shares.rank[0] = home_slot / homes;
+    }
     warp.sync();
     const int32 load = shares.rest[source];
-    const int32 stride = copies > 1 ? stride_of(warp, load) : 1;
     if (lane == 0) {
       row[0] = copies;
       row[1] = larger(1, load);
-      row[2] = stride;
     }
     for (int i = lane; i < copies; i += lanes) row[3 + node_size + i] = shares.column[i];
     if (copies == 1) {
@@ -685,7 +1025,7 @@ struct Fill {
     // Copies lie on different ranks, so what their own ranks send is found for all of them at once.
     int32 remote = 0;
     for (int i = lane; i < copies; i += lanes) {
-      const int rank = shares.column[i] / width();
+      const int rank = shares.rank[i];
       const int32 local = smaller(shares.rest[rank], shares.tokens[i]);
       shares.local[i] = local;
       shares.rest[rank] -= local;
@@ -697,7 +1037,7 @@ struct Fill {
     int32 sent = 0;  // by `source`, of the member that handles it
     for (int copy = 0; copy < copies; ++copy) {
       const int32 wanted = shares.tokens[copy];
-      const int own_rank = shares.column[copy] / width();
+      const int own_rank = shares.rank[copy];
       if (wanted) apportion(warp, shares, total, wanted);
       int64* out = quota + shares.column[copy];
       // Every source is handled by one member here and in `apportion`.
@@ -716,29 +1056,104 @@ struct Fill {
   }
 
   // `_copies`: physical ids and tokens of an expert's copies, home first (its id is not written), then by rank.
-  ULTRAEP_DEVICE int find_copies(Warp warp, const Shares& shares, int place, int32 tokens, int first_rank) const {
+  ULTRAEP_DEVICE int find_copies(
+      Warp warp, const Shares& shares, int place, int32 tokens, int node, const Slots& first_slots) const {
     const int entries = node_size * slots;
-    const int32* all = held + 2 * (int64)first_rank * slots;
-    for (int i = warp.rank(); i < 2 * entries; i += warp.size()) shares.held[i] = all[i];
-    warp.sync();
     int copies = 1;
     int32 moved = 0;
     // Slots are in the order of ranks, and a rank holds an expert once.
-    for (int start = 0; start < entries; start += warp.size()) {
-      const int i = start + warp.rank();
-      const bool mine = i < entries && shares.held[2 * i] == place;
-      int found;
-      const int copy = copies + warp.count_before(mine, found);
-      if (mine) {
-        shares.column[copy] = (first_rank + i / slots) * width() + homes + i % slots;
-        shares.tokens[copy] = shares.held[2 * i + 1];
-        moved += shares.held[2 * i + 1];
+    for (int start = 0; start < entries; start += kSlotsAtOnce * warp.size()) {
+      const Slots read = start ? read_slots(warp, node, start) : first_slots;
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+      for (int k = 0; k < kSlotsAtOnce; ++k) {
+        const bool mine = read.place[k] == place;
+        int found;
+        const int copy = copies + warp.count_before(mine, found);
+        if (mine) {
+          const int entry = start + k * warp.size() + warp.rank();
+          const int rank = node * node_size + entry / slots;
+          shares.rank[copy] = rank;
+          shares.column[copy] = rank * width() + homes + entry % slots;
+          shares.tokens[copy] = read.tokens[k];
+          moved += read.tokens[k];
+        }
+        copies += found;
       }
-      copies += found;
     }
     const int32 away = warp.sum(moved);
     if (warp.rank() == 0) shares.tokens[0] = tokens - away;
     return copies;
+  }
+
+  // Stride of an expert's row of the table. Beside `fill_copies`: finding it takes about as long as splitting.
+  ULTRAEP_DEVICE void fill_stride(Warp warp, int home_slot) const {
+    const int node = home_slot / (node_size * homes), place = home_slot - node * node_size * homes;
+    const int expert = expert_at[home_slot];
+    bool mine = false;
+    for (int start = 0; start < node_size * slots; start += kSlotsAtOnce * warp.size()) {
+      const Slots read = read_slots(warp, node, start);
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+      for (int k = 0; k < kSlotsAtOnce; ++k) mine |= read.place[k] == place;
+    }
+    const bool replicated = has_replicas(warp, node);
+    const int32 load = (int32)loads[(int64)source * experts + expert];
+    const int32 stride = replicated & warp.any(mine) ? stride_of(warp, load) : 1;
+    if (warp.rank() == 0) table[(int64)expert * (3 + 2 * node_size) + 2] = stride;
+  }
+
+  ULTRAEP_DEVICE int32 bisected_remainder(Warp warp, const Shares& shares, int32 over, int32 largest) const {
+    int32 low = 1, high = largest + 1;
+    while (high - low > 1) {
+      const int32 middle = low + (high - low) / 2;
+      int reached = 0;
+      for (int i = warp.rank(); i < ranks; i += warp.size()) reached += shares.remainder[i] >= middle;
+      if (warp.sum(reached) >= over) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return low;
+  }
+
+  // The least remainder that fewer than `over` others exceed. Every member counts for its own sources, 0 where there
+  // is none; what is beyond the last of `remainder` is 0 as well.
+  ULTRAEP_DEVICE int32 nth_remainder(Warp warp, const Shares& shares, int32 over) const {
+    constexpr int kItems = kCounted / 32;
+    int32 mine[kItems];
+    int larger_ones[kItems];
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+    for (int k = 0; k < kItems; ++k) {
+      const int i = warp.rank() + 32 * k;
+      mine[k] = i < ranks ? shares.remainder[i] : 0;
+      larger_ones[k] = i < ranks ? 0 : over;
+    }
+    const Quad* all = reinterpret_cast<const Quad*>(shares.remainder);
+#if defined(__CUDACC__)
+#pragma unroll 4
+#endif
+    for (int start = 0; start < ranks; start += 4) {
+      const Quad four = all[start / 4];
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+      for (int k = 0; k < kItems; ++k)
+        larger_ones[k] += (four.a > mine[k]) + (four.b > mine[k]) + (four.c > mine[k]) + (four.d > mine[k]);
+    }
+    int32 least = kMost;
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+    for (int k = 0; k < kItems; ++k)
+      if (larger_ones[k] < over) least = smaller(least, mine[k]);
+    warp.sync();  // all have read
+    return warp.min(least);
   }
 
   // `_apportion`: `share` of every source, in proportion to `rest`; at most that, `wanted` in all.
@@ -746,37 +1161,42 @@ struct Fill {
     const int lane = warp.rank(), lanes = warp.size();
     const double inverse = 1.0 / total;
     int32 given = 0, largest = 0;
-    for (int i = lane; i < ranks; i += lanes) {
-      const int64 product = (int64)shares.rest[i] * wanted;
-      // Off by one at most: the quotient is below 2^31 and the factors are good to 2^-52.
-      int32 share = (int32)((double)product * inverse);
-      int64 remainder = product - (int64)share * total;
-      if (remainder < 0) {
-        --share;
-        remainder += total;
-      } else if (remainder >= total) {
-        ++share;
-        remainder -= total;
+    for (int start = lane; start < ranks; start += kTogether * lanes) {
+      int32 rest[kTogether];
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+      for (int k = 0; k < kTogether; ++k) rest[k] = start + k * lanes < ranks ? shares.rest[start + k * lanes] : 0;
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+      for (int k = 0; k < kTogether; ++k) {
+        const int i = start + k * lanes;
+        const int64 product = (int64)rest[k] * wanted;
+        // Off by one at most: the quotient is below 2^31 and the factors are good to 2^-52.
+        int32 share = (int32)((double)product * inverse);
+        int64 remainder = product - (int64)share * total;
+        const int by = (remainder >= total) - (remainder < 0);
+        share += by;
+        remainder -= by * (int64)total;
+        if (i < ranks) {
+          shares.share[i] = share;
+          shares.remainder[i] = (int32)remainder;
+        }
+        given += share;
+        largest = larger(largest, (int32)remainder);
       }
-      shares.share[i] = share;
-      shares.remainder[i] = (int32)remainder;
-      given += share;
-      largest = larger(largest, (int32)remainder);
     }
     const int32 over = wanted - warp.sum(given);
     if (over == 0) return;
-    // The `over`-th largest remainder, by bisection. It is at least 1: remainders are below the total, and `over` times
-    // that in sum.
-    int32 low = 1, high = warp.max(largest) + 1;
-    while (high - low > 1) {
-      const int32 middle = low + (high - low) / 2;
-      int reached = 0;
-      for (int i = lane; i < ranks; i += lanes) reached += shares.remainder[i] >= middle;
-      if (warp.sum(reached) >= over) {
-        low = middle;
-      } else {
-        high = middle;
-      }
+    // The `over`-th largest remainder, by bisection, or directly. It is at least 1: remainders are below the total, and
+    // `over` times that in sum.
+    int32 low = 1;
+    if (lanes > 1 && ranks <= kCounted) {
+      warp.sync();  // all remainders
+      low = nth_remainder(warp, shares, over);
+    } else {
+      low = bisected_remainder(warp, shares, over, warp.max(largest));
     }
     int above = 0;
     for (int i = lane; i < ranks; i += lanes) above += shares.remainder[i] > low;
@@ -797,7 +1217,7 @@ struct Fill {
     for (int32 from = larger(1, (int32)((int64)count * 618 / 1000));; from += warp.size()) {
       // Ends: of any `safe` neighbours one is coprime to it.
       const int32 mine = from + warp.rank();
-      const int32 found = warp.min(greatest_common_divisor(safe, mine) == 1 ? mine : kMost);
+      const int32 found = warp.min(greatest_common_divisor((uint32)safe, (uint32)mine) == 1 ? mine : kMost);
       if (found != kMost) return found;
     }
   }

@@ -44,13 +44,24 @@ int ultraep_plan_search(
     void* stream) {
   using namespace ultraep::plan;
   const int homes = (int)(experts / ranks);
-  const Search search{
-      loads,     expert_at,   decisions, held,           (int)experts,     (int)ranks,    (int)node_size,
-      homes,     (int)slots,  (int)min_tokens, tolerance_ppm,  gated,            token_ps,      replica_ps,
-      fixed_ps};
   const size_t shared = search_block_bytes((int)node_size, homes) +
                         (size_t)warps * search_warp_bytes((int)node_size, homes, (int)slots);
-  return ultraep::launch(search, (int)(ranks / node_size), (int)warps * 32, shared, stream);
+  const auto launch = [&](auto items) {
+    const Search<decltype(items)::value> search{
+        loads,     expert_at,   decisions, held,           (int)experts,     (int)ranks,    (int)node_size,
+        homes,     (int)slots,  (int)min_tokens, tolerance_ppm,  gated,            token_ps,      replica_ps,
+        fixed_ps};
+    return ultraep::launch(search, (int)(ranks / node_size), (int)warps * 32, shared, stream);
+  };
+  // With `if constexpr`, a CPU has no narrow attempts to compile.
+  if constexpr (ultraep::Warp::kWidth == 32) {
+    switch (items_of((int)node_size, homes)) {
+      case 1: return launch(std::integral_constant<int, 1>{});
+      case 2: return launch(std::integral_constant<int, 2>{});
+      case 4: return launch(std::integral_constant<int, 4>{});
+    }
+  }
+  return launch(std::integral_constant<int, 0>{});
 }
 
 // Shapes: see `Fill`.

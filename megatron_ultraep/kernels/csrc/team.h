@@ -44,13 +44,47 @@ ULTRAEP_DEVICE T larger(T a, T b) {
   return a < b ? b : a;
 }
 
+// Positions in sets of members (`Warp::members`), which are not empty.
+ULTRAEP_DEVICE int first_of(uint32 members) {
+#if defined(__CUDA_ARCH__)
+  return __ffs((int)members) - 1;
+#else
+  int first = 0;
+  while (!(members >> first & 1)) ++first;
+  return first;
+#endif
+}
+
+ULTRAEP_DEVICE int last_of(uint32 members) {
+#if defined(__CUDA_ARCH__)
+  return 31 - __clz((int)members);
+#else
+  int last = 31;
+  while (!(members >> last & 1)) --last;
+  return last;
+#endif
+}
+
+ULTRAEP_DEVICE int number_of(uint32 members) {
+#if defined(__CUDA_ARCH__)
+  return __popc(members);
+#else
+  int number = 0;
+  for (; members; members &= members - 1) ++number;
+  return number;
+#endif
+}
+
 #if defined(__CUDACC__)
 
 struct Warp {
+  static constexpr int kWidth = 32;  // what `size` returns
   __device__ __forceinline__ int rank() const { return threadIdx.x & 31; }
   __device__ __forceinline__ int size() const { return 32; }
   __device__ __forceinline__ void sync() const { __syncwarp(); }
   __device__ __forceinline__ bool any(bool value) const { return __any_sync(~0u, value); }
+  // The members for which it is true, as a set of bits.
+  __device__ __forceinline__ uint32 members(bool value) const { return __ballot_sync(~0u, value); }
   // Members for which it is true: all of them, and those before this one.
   __device__ __forceinline__ int count(bool value) const { return __popc(__ballot_sync(~0u, value)); }
   __device__ __forceinline__ int count_before(bool value, int& total) const {
@@ -99,7 +133,7 @@ struct Warp {
     total = __shfl_sync(~0u, until, 31);
     return until - value;
   }
-  // What one member has.
+  // What one member has; each may ask for another's.
   template <class T>
   __device__ __forceinline__ T from(T value, int member) const {
     return __shfl_sync(~0u, value, member);
@@ -142,24 +176,44 @@ __global__ void run(const __grid_constant__ Kernel kernel) {
   kernel(Block{}, shared);
 }
 
+// The same for kernels that say how many threads a block may have, `kMostThreads`: they get no more registers.
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kMostThreads, 1) run_within(const __grid_constant__ Kernel kernel) {
+  extern __shared__ __align__(16) char shared[];
+  kernel(Block{}, shared);
+}
+
+template <class Kernel, class = void>
+struct Entry {
+  static constexpr auto kEntry = run<Kernel>;
+};
+
+template <class Kernel>
+struct Entry<Kernel, std::void_t<decltype(Kernel::kMostThreads)>> {
+  static constexpr auto kEntry = run_within<Kernel>;
+};
+
 // Returns a cudaError_t.
 template <class Kernel>
 int launch(const Kernel& kernel, int blocks, int threads, size_t shared, void* stream) {
+  const auto entry = Entry<Kernel>::kEntry;
   if (shared > 48 * 1024) {
-    cudaError_t error = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
+    cudaError_t error = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared);
     if (error != cudaSuccess) return (int)error;
   }
-  run<Kernel><<<blocks, threads, shared, (cudaStream_t)stream>>>(kernel);
+  entry<<<blocks, threads, shared, (cudaStream_t)stream>>>(kernel);
   return (int)cudaGetLastError();
 }
 
 #elif !defined(ULTRAEP_HOST_LANES)
 
 struct Warp {
+  static constexpr int kWidth = 1;
   int rank() const { return 0; }
   int size() const { return 1; }
   void sync() const {}
   bool any(bool value) const { return value; }
+  uint32 members(bool value) const { return value; }
   int count(bool value) const { return value; }
   int count_before(bool value, int& total) const {
     total = value;

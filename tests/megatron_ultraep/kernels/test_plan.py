@@ -14,6 +14,7 @@ from megatron_ultraep.kernels.plan import PlanKernel, to_plan
 from megatron_ultraep.layout import ExpertLayout
 from megatron_ultraep.plan import Costs, PlanSettings, solve
 from megatron_ultraep.plan.generator import simulate
+from megatron_ultraep.plan.search import MOST_TOKENS
 from megatron_ultraep.runtime import reroute
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -77,6 +78,8 @@ def random_problem(rng, most_ranks=16):
     home_slot = rng.permutation(experts) if rng.random() < 0.5 else np.arange(experts)
     layout = ExpertLayout(experts, ranks, tuple(home_slot.tolist()), node_size, int(rng.choice([0, 1, 1, 2, 3])))
     loads = LOADS[rng.integers(len(LOADS))](rng, ranks, experts).astype(np.int64)
+    if loads.sum() > MOST_TOKENS:  # many ranks, with many tokens each
+        loads = loads * MOST_TOKENS // loads.sum()
     costs = None
     if rng.random() < 0.5:
         costs = Costs(
@@ -153,6 +156,18 @@ def test_nodes_larger_than_a_warp_with_warps_of_32(gate):
     loads = simulated(64, 256, 2.0, 0)
     plan = check(loads, ExpertLayout(256, 64, slots=2), PlanSettings(128, costs=gate), 3, "cpu")
     assert plan.decisions[0].outcome == "balanced"
+
+
+@pytest.mark.usefixtures("warps_of_32")
+@pytest.mark.parametrize(("ranks", "homes"), [(33, 3), (64, 32), (65, 2), (128, 1), (129, 2), (3, 33)])
+def test_sizes_between_variants_with_warps_of_32(ranks, homes):
+    # Members of a warp keep 1, 2 or 4 ranks in registers, up to 32 experts each; more are in shared memory.
+    rng = np.random.default_rng(ranks)
+    layout = ExpertLayout(ranks * homes, ranks, tuple(rng.permutation(ranks * homes).tolist()), slots=2)
+    for kind in (skewed, half_hot):
+        loads = kind(rng, ranks, ranks * homes).astype(np.int64)
+        loads = np.minimum(loads, MOST_TOKENS // loads.size)
+        check(loads, layout, PlanSettings(int(rng.choice([1, 300])), 0), ranks - 1, "cpu")
 
 
 def relays():
