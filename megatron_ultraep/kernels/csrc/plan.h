@@ -836,7 +836,7 @@ struct alignas(16) Quad {
 
 constexpr int kTogether = Warp::kWidth == 1 ? 1 : 2;  // sources that a member handles at once
 constexpr int kSlotsAtOnce = Warp::kWidth == 1 ? 1 : 4;  // slots that a member reads at once
-constexpr int kCounted = 64;  // up to so many ranks an order statistic is found by comparing all with all
+constexpr int kFew = 2 * Warp::kWidth;  // up to so many sources are kept in registers: see `split_few`
 
 // What one warp of `Fill` works on, in shared memory.
 struct Shares {
@@ -999,7 +999,6 @@ struct Fill {
         own += here[k];
       }
     }
-    for (int i = ranks + lane; i < (ranks + 3) / 4 * 4; i += lanes) shares.remainder[i] = 0;
     const int32 tokens = warp.sum(own);
     int copies = 1;
     if (replicated) copies = find_copies(warp, shares, home_slot - first_rank * homes, tokens, node, first_slots);
@@ -1034,6 +1033,10 @@ struct Fill {
     }
     int32 total = warp.sum(remote);
     warp.sync();
+    if (lanes > 1 && ranks <= kFew) {
+      split_few(warp, shares, copies, total, row);
+      return;
+    }
     int32 sent = 0;  // by `source`, of the member that handles it
     for (int copy = 0; copy < copies; ++copy) {
       const int32 wanted = shares.tokens[copy];
@@ -1053,6 +1056,103 @@ struct Fill {
       }
       total -= wanted;
     }
+  }
+
+  // What is left of `fill_copies`, by copies. Each member has the sources lane and lane + 32 in registers.
+  ULTRAEP_DEVICE void split_few(Warp warp, const Shares& shares, int copies, int32 total, int32* row) const {
+    int32 rest[2];
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+    for (int k = 0; k < 2; ++k) {
+      const int i = warp.rank() + k * warp.size();
+      rest[k] = i < ranks ? shares.rest[i] : 0;
+    }
+    int32 sent = 0;  // by `source`, of the member that handles it
+    for (int copy = 0; copy < copies; ++copy) {
+      const int32 wanted = shares.tokens[copy], local = shares.local[copy];
+      const int own_rank = shares.rank[copy];
+      int64* out = quota + shares.column[copy];
+      int32 share[2] = {0, 0};
+      if (wanted) apportion_few(warp, shares, rest, total, wanted, share);
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+      for (int k = 0; k < 2; ++k) {
+        const int i = warp.rank() + k * warp.size();
+        rest[k] -= share[k];
+        const int32 value = share[k] + (i == own_rank ? local : 0);
+        if (i < ranks) out[i * physical()] = value;
+        if (i == source) {
+          sent += value;
+          row[3 + copy] = sent;
+        }
+      }
+      total -= wanted;
+    }
+  }
+
+  // `_apportion`, see `apportion`. The `over` sources that get one more are found by comparing all with all: a source
+  // is one if fewer than `over` come before it, by remainder, descending, and id. There are more than `over` remainders
+  // above 0, as in `bisected_remainder`, so members without a source, whose remainder is 0, are none.
+  ULTRAEP_DEVICE void apportion_few(
+      Warp warp, const Shares& shares, const int32 (&rest)[2], int32 total, int32 wanted, int32 (&share)[2]) const {
+    const double inverse = 1.0 / total;
+    const int padded = (ranks + 3) / 4 * 4;
+    int32 remainder[2];
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+    for (int k = 0; k < 2; ++k) share[k] = share_of(rest[k], total, wanted, inverse, remainder[k]);
+    const int32 over = wanted - warp.sum(share[0] + share[1]);
+    if (over == 0) return;
+    warp.sync();  // all have read the last copy's
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+    for (int k = 0; k < 2; ++k) {
+      const int i = warp.rank() + k * warp.size();
+      if (i < padded) shares.remainder[i] = remainder[k];
+    }
+    warp.sync();
+    const Quad* all = reinterpret_cast<const Quad*>(shares.remainder);
+    int before[2] = {0, 0};
+#if defined(__CUDACC__)
+#pragma unroll 4
+#endif
+    for (int start = 0; start < padded; start += 4) {
+      const Quad four = all[start / 4];
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+      for (int k = 0; k < 2; ++k) {
+        // Of equals those in earlier quads come before it.
+        const int32 least = remainder[k] - (start + 4 <= warp.rank() + k * warp.size());
+        before[k] += (four.a > least) + (four.b > least) + (four.c > least) + (four.d > least);
+      }
+    }
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+    for (int k = 0; k < 2; ++k) {
+      const int i = warp.rank() + k * warp.size(), mine = remainder[k];
+      const Quad own = all[i < padded ? i / 4 : 0];
+      before[k] += ((i & 3) > 0) & (own.a == mine);
+      before[k] += ((i & 3) > 1) & (own.b == mine);
+      before[k] += ((i & 3) > 2) & (own.c == mine);
+      share[k] += before[k] < over;
+    }
+  }
+
+  // Tokens of `rest` that are given for sure, and the remainder.
+  ULTRAEP_DEVICE static int32 share_of(int32 rest, int32 total, int32 wanted, double inverse, int32& remainder) {
+    const int64 product = (int64)rest * wanted;
+    // Off by one at most: the quotient is below 2^31 and the factors are good to 2^-52.
+    const int32 share = (int32)((double)product * inverse);
+    const int64 left = product - (int64)share * total;
+    const int by = (left >= total) - (left < 0);
+    remainder = (int32)(left - by * (int64)total);
+    return share + by;
   }
 
   // `_copies`: physical ids and tokens of an expert's copies, home first (its id is not written), then by rank.
@@ -1105,6 +1205,7 @@ struct Fill {
     if (warp.rank() == 0) table[(int64)expert * (3 + 2 * node_size) + 2] = stride;
   }
 
+  // The `over`-th largest remainder. It is at least 1: remainders are below the total, and `over` times that in sum.
   ULTRAEP_DEVICE int32 bisected_remainder(Warp warp, const Shares& shares, int32 over, int32 largest) const {
     int32 low = 1, high = largest + 1;
     while (high - low > 1) {
@@ -1118,42 +1219,6 @@ struct Fill {
       }
     }
     return low;
-  }
-
-  // The least remainder that fewer than `over` others exceed. Every member counts for its own sources, 0 where there
-  // is none; what is beyond the last of `remainder` is 0 as well.
-  ULTRAEP_DEVICE int32 nth_remainder(Warp warp, const Shares& shares, int32 over) const {
-    constexpr int kItems = kCounted / 32;
-    int32 mine[kItems];
-    int larger_ones[kItems];
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
-    for (int k = 0; k < kItems; ++k) {
-      const int i = warp.rank() + 32 * k;
-      mine[k] = i < ranks ? shares.remainder[i] : 0;
-      larger_ones[k] = i < ranks ? 0 : over;
-    }
-    const Quad* all = reinterpret_cast<const Quad*>(shares.remainder);
-#if defined(__CUDACC__)
-#pragma unroll 4
-#endif
-    for (int start = 0; start < ranks; start += 4) {
-      const Quad four = all[start / 4];
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
-      for (int k = 0; k < kItems; ++k)
-        larger_ones[k] += (four.a > mine[k]) + (four.b > mine[k]) + (four.c > mine[k]) + (four.d > mine[k]);
-    }
-    int32 least = kMost;
-#if defined(__CUDACC__)
-#pragma unroll
-#endif
-    for (int k = 0; k < kItems; ++k)
-      if (larger_ones[k] < over) least = smaller(least, mine[k]);
-    warp.sync();  // all have read
-    return warp.min(least);
   }
 
   // `_apportion`: `share` of every source, in proportion to `rest`; at most that, `wanted` in all.
@@ -1172,32 +1237,19 @@ struct Fill {
 #endif
       for (int k = 0; k < kTogether; ++k) {
         const int i = start + k * lanes;
-        const int64 product = (int64)rest[k] * wanted;
-        // Off by one at most: the quotient is below 2^31 and the factors are good to 2^-52.
-        int32 share = (int32)((double)product * inverse);
-        int64 remainder = product - (int64)share * total;
-        const int by = (remainder >= total) - (remainder < 0);
-        share += by;
-        remainder -= by * (int64)total;
+        int32 remainder;
+        const int32 share = share_of(rest[k], total, wanted, inverse, remainder);
         if (i < ranks) {
           shares.share[i] = share;
-          shares.remainder[i] = (int32)remainder;
+          shares.remainder[i] = remainder;
         }
         given += share;
-        largest = larger(largest, (int32)remainder);
+        largest = larger(largest, remainder);
       }
     }
     const int32 over = wanted - warp.sum(given);
     if (over == 0) return;
-    // The `over`-th largest remainder, by bisection, or directly. It is at least 1: remainders are below the total, and
-    // `over` times that in sum.
-    int32 low = 1;
-    if (lanes > 1 && ranks <= kCounted) {
-      warp.sync();  // all remainders
-      low = nth_remainder(warp, shares, over);
-    } else {
-      low = bisected_remainder(warp, shares, over, warp.max(largest));
-    }
+    const int32 low = bisected_remainder(warp, shares, over, warp.max(largest));
     int above = 0;
     for (int i = lane; i < ranks; i += lanes) above += shares.remainder[i] > low;
     int equal = over - warp.sum(above);  // so many of those with just this remainder get one, lower sources first
