@@ -153,11 +153,14 @@ class Bench:
         synchronize()
         dist.barrier()
         synchronize()
+        gc.collect()
+        gc.disable()  # as jobs do that time their collections; a pause on one rank is one on all
         marks = [_mark()]
         for iteration in range(iterations):
             run(iteration)
             marks.append(_mark())
         synchronize()
+        gc.enable()
         if balancer is not None and not asks:
             metrics.append(balancer.metrics())
         mine = torch.tensor(

@@ -49,6 +49,11 @@ class DevicePlan:
         self.layout = layout
         self._memory = memory
 
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes."""
+        return self._memory.nbytes
+
     @cached_property
     def replica_expert(self) -> Tensor:
         layout = self.layout

@@ -24,7 +24,6 @@ from __future__ import annotations
 import atexit
 import inspect
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -43,7 +42,7 @@ from megatron_ultraep.plan.types import Costs, Plan, PlanSettings
 from megatron_ultraep.runtime import choose
 from megatron_ultraep.runtime.layer import LayerBalancer
 from megatron_ultraep.runtime.measure import measure_costs
-from megatron_ultraep.runtime.planning import DevicePlanner, HasPlan, HostPlanner, Planned, Planner
+from megatron_ultraep.runtime.planning import DevicePlanner, HostPlanner, PlanBatch, Planned, Planner
 from megatron_ultraep.runtime.slots import ExpertShape, SlotPool
 from megatron_ultraep.runtime.stopwatch import Stopwatch
 from megatron_ultraep.runtime.symmetric import SymmetricTransport
@@ -55,8 +54,8 @@ log = logging.getLogger(__name__)
 
 _ATTRIBUTE = "_ultraep"
 _MOST_COUNTED = 100_000  # (micro-batch, layer)s that metrics are kept of
-_MOST_ARRIVING = 64  # plans on their way from the device
-_MOST_COME = 1024  # plans that are not counted yet
+_MOST_ARRIVING = 4096  # plans that are not counted yet
+_MOST_BYTES = 16 * 2**20  # of the device's memory, in them
 _STAGES = {
     "preprocess": ["self", "hidden_states", "probs", "routing_map"],
     "routed_experts_compute": ["self", "hidden_states", "probs"],
@@ -119,8 +118,9 @@ class Balancer:
         self.costs: Costs | None = None
         self._replicas = 0
         self._watch: Stopwatch | None = None
-        self._arriving: deque[tuple[MicroBatchKey, int, Planned]] = deque()
-        self._come: list[tuple[MicroBatchKey, int, HasPlan]] = []
+        self._arriving: list[tuple[MicroBatchKey, int, Planned]] = []
+        self._arriving_bytes = 0
+        self._crossing: list[tuple[list[tuple[MicroBatchKey, int]], PlanBatch]] = []
         self._name = name
         self._layers: list[torch.nn.Module] = []
         self._pools: dict[ExpertShape, SlotPool] = {}
@@ -135,7 +135,14 @@ class Balancer:
         # Recomputed layers must find the key of the forward that saved them, or records count them twice.
         microbatch.install()
 
-    def adopt(self, layer: Any, *, home_slot: tuple[int, ...] = (), parent: torch.nn.Module | None = None) -> None:
+    def adopt(
+        self,
+        layer: Any,
+        *,
+        home_slot: tuple[int, ...] = (),
+        parent: torch.nn.Module | None = None,
+        early: bool = False,
+    ) -> None:
         """Balance one stock MoE layer. Collective over the expert-parallel group.
 
         Args:
@@ -143,6 +150,7 @@ class Balancer:
             home_slot: where experts live, a permutation; as Megatron has them by default.
             parent: the transformer layer it is in; what comes before the experts there hides the way home of replicas'
                 gradients.
+            early: main gradients are not looked at before backward has ended (DDP without overlapped reduction).
 
         Raises:
             Unsupported: a layer that cannot be balanced, with what to change.
@@ -162,7 +170,9 @@ class Balancer:
         if self._watch is None:
             self._watch = Stopwatch(experts.shape.device)
         planner = self._planner(layer, layout, experts.shape.device)
-        balancer = LayerBalancer(layout, experts, pool, self.transport, planner, self._observer(layer), self._watch)
+        balancer = LayerBalancer(
+            layout, experts, pool, self.transport, planner, self._observer(layer), self._watch, early=early
+        )
         stock = layer.token_dispatcher
         hook = None if parent is None else parent.register_forward_pre_hook(lambda *_: balancer.begin())
         attached = _Attached(self, balancer, type(layer), stock, hook)
@@ -228,26 +238,31 @@ class Balancer:
                 self.metrics()
             self._counted.add((key, number))
             self._arriving.append((key, number, planned))
-            # Plans made on a device come to the host later; here they are only taken over, since the next kernels wait.
-            while self._arriving and (len(self._arriving) > _MOST_ARRIVING or self._arriving[0][2].ready()):
-                key, number, planned = self._arriving.popleft()
-                self._come.append((key, number, planned.fetch()))
-            if len(self._come) >= _MOST_COME:
-                self._take_all()
+            # Plans made on a device stay there until they are many or somebody asks: the next kernels wait.
+            self._arriving_bytes += planned.bytes
+            if self._arriving_bytes > _MOST_BYTES or len(self._arriving) >= _MOST_ARRIVING:
+                self._send_over()
+            elif self._crossing:
+                self._crossing[-1][1].landed()
 
         return observe
 
+    def _send_over(self) -> None:
+        """Start the plans since the last time on their way to the host."""
+        arriving, self._arriving, self._arriving_bytes = self._arriving, [], 0
+        names = [(key, number) for key, number, _ in arriving]
+        self._crossing.append((names, PlanBatch([planned for _, _, planned in arriving])))
+
     def _take_all(self) -> None:
-        """Count and record the plans that have come, and wait for those on their way."""
-        self._come += [(key, number, planned.fetch()) for key, number, planned in self._arriving]
-        self._arriving.clear()
-        for key, number, each in self._come:
-            plan = each.plan
-            self._replicas += len(plan.replicas)
-            self._metrics.add(number, plan)
-            if self._recorder is not None:
-                self._recorder.record(key, number, plan)
-        self._come.clear()
+        """Count and record all plans since the last time; waits for the device."""
+        self._send_over()
+        crossing, self._crossing = self._crossing, []
+        for names, batch in crossing:
+            for (key, number), plan in zip(names, batch.plans(), strict=True):
+                self._replicas += len(plan.replicas)
+                self._metrics.add(number, plan)
+                if self._recorder is not None:
+                    self._recorder.record(key, number, plan)
 
     @property
     def replicas(self) -> int:
@@ -354,9 +369,10 @@ def attach(
         problem = next((f"{_name(layer)}: {reason}" for layer in layers for reason in _reasons(layer)), "")
     balancer = make_balancer(config, mine, problem=problem, timeout_s=timeout_s)
     parents = _parents(model)
+    early = _reduced_after_backward(model)
     try:
         for layer in layers:
-            balancer.adopt(layer, parent=parents.get(id(layer)))
+            balancer.adopt(layer, parent=parents.get(id(layer)), early=early)
     except BaseException:
         balancer.release()
         raise
@@ -440,6 +456,13 @@ def _parents(model: torch.nn.Module | Sequence[torch.nn.Module]) -> dict[int, to
     kind = compat.moe_layer_class()
     found = ((getattr(module, "mlp", None), module) for chunk in chunks for module in chunk.modules())
     return {id(mlp): module for mlp, module in found if isinstance(mlp, kind)}
+
+
+def _reduced_after_backward(model: torch.nn.Module | Sequence[torch.nn.Module]) -> bool:
+    """Whether every chunk is in a DistributedDataParallel that reduces gradients when backward has ended."""
+    chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
+    configs = [getattr(chunk, "ddp_config", None) for chunk in chunks]
+    return all(config is not None and not config.overlap_grad_reduce for config in configs)
 
 
 def _reasons(layer: Any) -> list[str]:

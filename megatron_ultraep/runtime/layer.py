@@ -20,7 +20,7 @@ Invariants (asserted by the tests of this file and by the parity tests):
    Backward of the second runs when the replicas' gradients exist, and starts them home. Backward of the first waits for
    them, and only then hands home gradients on; so nobody (DDP's buckets, hooks) sees a home gradient without its
    replicas' share. Autograd runs what was made last first, so the wait comes after the backward of all that the layer
-   computed in between.
+   computed in between. Where nobody looks before backward has ended, the wait alone is made (``early``).
 """
 
 from __future__ import annotations
@@ -68,9 +68,12 @@ class _Link:
 
     Attributes:
         call: set when the experts compute.
+        direct: experts are given home parameters themselves, not aliases.
         slots: gradients of the slots' weights, where they wait for the home gradients.
         sent: replicas' gradients are on their way home.
     """
+
+    direct: bool = False
 
     call: Call | None = None
     slots: Sequence[torch.Tensor | None] | None = None
@@ -88,6 +91,9 @@ class LayerBalancer:
         planner: of this layout.
         observe: called with every plan, for records and metrics.
         watch: told where time goes.
+        early: nobody looks at home gradients before backward has ended: with fused accumulation, home parameters then
+            enter the experts themselves, and only the wait for the replicas' share is part of the graph. That spares
+            the host an alias of every parameter.
     """
 
     def __init__(
@@ -99,7 +105,10 @@ class LayerBalancer:
         planner: Planner,
         observe: Callable[[Planned], None],
         watch: Stopwatch,
+        *,
+        early: bool = False,
     ) -> None:
+        self.early = early
         self.layout = layout
         self.experts = experts
         self.pool = pool
@@ -123,8 +132,19 @@ class LayerBalancer:
         """
         self._link = _Link()
         # Frozen experts have no gradients, and nor have their replicas.
-        token = self._token if any(p.requires_grad for p in self._parameters) else self._token.detach()
-        self._aliases = _Homes.apply(self, self._link, token, *self._parameters)  # type: ignore[no-untyped-call]
+        trained = [p.requires_grad for p in self._parameters]
+        token = self._token if any(trained) else self._token.detach()
+        self._link.direct = (
+            self.early
+            and self.experts.fused_gradients
+            and all(trained)
+            and all(hasattr(p, "main_grad") for p in self._parameters)
+        )
+        if self._link.direct:
+            (token,) = _Homes.apply(self, self._link, token)  # type: ignore[no-untyped-call]
+            self._aliases = (token, *self._parameters)
+        else:
+            self._aliases = _Homes.apply(self, self._link, token, *self._parameters)  # type: ignore[no-untyped-call]
 
     def route(self, probs: torch.Tensor, routing_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Plan this micro-batch on its exact loads and reroute it.
@@ -176,7 +196,7 @@ class LayerBalancer:
         width = len(self.pool.shape.names)
         weights = [flat[i : i + width] for i in range(0, len(flat), width)]
         if self.experts.fused_gradients:
-            self._prepare_fused(flat)
+            self._prepare_fused(flat, () if link.direct else self._parameters)
         with self.watch("weights, forward"):
             self.transport.await_placed(call.planned, self.pool)
         output = self.experts(weights, *inputs)
@@ -251,17 +271,21 @@ class LayerBalancer:
         main = getattr(parameter, "main_grad", None)
         return parameter.dtype if main is None else main.dtype
 
-    def _prepare_fused(self, flat: Sequence[torch.Tensor]) -> None:
-        """Give the aliases what kernels that accumulate weight gradients themselves look for."""
+    def _prepare_fused(self, flat: Sequence[torch.Tensor], homes: Sequence[torch.Tensor]) -> None:
+        """Give the aliases what kernels that accumulate weight gradients themselves look for.
+
+        Args:
+            flat: what the experts are given.
+            homes: home parameters whose aliases the first of ``flat`` are.
+        """
         if not torch.is_grad_enabled():
             return
-        homes = self._parameters
         for parameter, alias in zip(homes, flat, strict=False):
             if hasattr(parameter, "main_grad"):
                 alias.main_grad = parameter.main_grad  # type: ignore[attr-defined]
                 alias.grad_added_to_main_grad = False  # type: ignore[attr-defined]
         gradients = self.pool.gradients(self._gradient_dtype())
-        replicas = flat[len(homes) :]
+        replicas = flat[len(self._parameters) :]
         buffers = [buffer for slot in range(self.pool.slots) for buffer in gradients[slot]]
         for alias, buffer in zip(replicas, buffers, strict=True):
             alias.main_grad = buffer  # type: ignore[attr-defined]
@@ -283,7 +307,7 @@ class _Homes(torch.autograd.Function):
     def backward(ctx: Any, token: torch.Tensor | None, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
         layer: LayerBalancer = ctx.layer
         handed_on = layer._end_home(ctx.link, gradients)
-        if layer.experts.fused_gradients:
+        if layer.experts.fused_gradients and not ctx.link.direct:
             for parameter in layer._parameters:
                 if hasattr(parameter, "grad_added_to_main_grad"):
                     parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ Two planners, equal bit for bit:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -26,13 +26,6 @@ from megatron_ultraep.runtime.slots import SlotPool
 from megatron_ultraep.runtime.stopwatch import Stopwatch
 
 Solver = Callable[[np.ndarray, ExpertLayout], Plan]
-
-
-class HasPlan(Protocol):
-    """A plan that is on the host."""
-
-    @property
-    def plan(self) -> Plan: ...
 
 
 class Planned(Protocol):
@@ -53,12 +46,9 @@ class Planned(Protocol):
         """The plan on the host; waits for it where it has to."""
         ...
 
-    def ready(self) -> bool:
-        """Whether :attr:`plan` can be had without waiting."""
-        ...
-
-    def fetch(self) -> HasPlan:
-        """The plan on the host, without what it holds on the device; waits for it where it has to."""
+    @property
+    def bytes(self) -> int:
+        """Memory of the device that it takes."""
         ...
 
 
@@ -79,15 +69,13 @@ class HostPlanned:
     def replica_expert(self) -> torch.Tensor:
         return torch.tensor(self.plan.replica_expert, device=self._device)
 
-    def ready(self) -> bool:
-        return True
-
-    def fetch(self) -> HasPlan:
-        return HostPlanned(self.plan, self._device)
+    @property
+    def bytes(self) -> int:
+        return 0
 
 
 class DevicePlanned:
-    """A plan made on the device, on its way to the host.
+    """A plan made on the device; it goes to the host when somebody asks.
 
     Args:
         layout: it was made for.
@@ -96,60 +84,65 @@ class DevicePlanned:
 
     def __init__(self, layout: ExpertLayout, made: plan_kernel.DevicePlan) -> None:
         self.layout = layout
-        self._made = made
-        # Into pinned memory, behind what the stream has to do anyway; nobody waits for it.
-        self._told: torch.Tensor | None = made.told.to("cpu", non_blocking=True)
-        self._array: np.ndarray | None = None
-        self._event = None
-        if self._told.is_pinned():
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self.made = made
 
     @property
     def replica_expert(self) -> torch.Tensor:
-        return self._made.replica_expert
+        return self.made.replica_expert
 
     @property
     def quota(self) -> torch.Tensor:
         """int64 ``[G, P]`` on the device: tokens from each source rank to each physical expert."""
-        return self._made.quota
+        return self.made.quota
 
-    def ready(self) -> bool:
-        return self._event is None or self._event.query()
-
-    def _arrive(self) -> np.ndarray:
-        if self._array is None:
-            if self._event is not None:
-                self._event.synchronize()
-            assert self._told is not None
-            # A copy of its own: pinned memory goes back to be used again.
-            self._array, self._told = self._told.numpy().copy(), None
-        return self._array
-
-    def fetch(self) -> HostCopy:
-        """What the host needs of it, without the device's memory; waits for it where it has to."""
-        return HostCopy(self.layout, self._arrive())
+    @property
+    def bytes(self) -> int:
+        return self.made.bytes
 
     @cached_property
     def plan(self) -> Plan:
-        return plan_kernel.to_plan(self.layout, self._arrive())
+        return plan_kernel.to_plan(self.layout, self.made.told.cpu().numpy())
 
 
-class HostCopy:
-    """A plan that has come to the host, not yet looked at.
+class PlanBatch:
+    """Plans on their way to the host. Nobody waits, until somebody asks for them.
 
     Args:
-        layout: it was made for.
-        told: see :attr:`megatron_ultraep.kernels.plan.DevicePlan.told`.
+        planned: in any order, of any layouts.
     """
 
-    def __init__(self, layout: ExpertLayout, told: np.ndarray) -> None:
-        self._layout = layout
-        self._told = told
+    def __init__(self, planned: Sequence[Planned]) -> None:
+        self._count = len(planned)
+        self._plans = {i: each for i, each in enumerate(planned) if not isinstance(each, DevicePlanned)}
+        waiting: dict[ExpertLayout, list[tuple[int, DevicePlanned]]] = {}
+        for i, each in enumerate(planned):
+            if isinstance(each, DevicePlanned):
+                waiting.setdefault(each.layout, []).append((i, each))
+        # Those of one layout go over together, into pinned memory.
+        self._rows = [
+            (layout, [i for i, _ in some], torch.stack([p.made.told for _, p in some]).to("cpu", non_blocking=True))
+            for layout, some in waiting.items()
+        ]
+        self._event = None
+        if any(rows.is_pinned() for _, _, rows in self._rows):
+            self._event = torch.cuda.Event()
+            self._event.record()
 
-    @property
-    def plan(self) -> Plan:
-        return plan_kernel.to_plan(self._layout, self._told)
+    def landed(self) -> bool:
+        """Whether all have come; those that have are moved out of pinned memory."""
+        if self._event is not None and self._event.query():
+            self._event = None
+            self._rows = [(layout, numbers, rows.clone()) for layout, numbers, rows in self._rows]
+        return self._event is None
+
+    def plans(self) -> list[Plan]:
+        """The plans in the order of ``planned``; waits for them."""
+        if self._event is not None:
+            self._event.synchronize()
+        found = {i: each.plan for i, each in self._plans.items()}
+        for layout, numbers, rows in self._rows:
+            found |= {i: plan_kernel.to_plan(layout, row) for i, row in zip(numbers, rows.numpy(), strict=True)}
+        return [found[i] for i in range(self._count)]
 
 
 class Gatherer(Protocol):

@@ -13,7 +13,9 @@
 
 #include "team.h"
 
-#if !defined(__CUDACC__)
+#if defined(__CUDACC__)
+#include <cuda_fp16.h>
+#else
 #include <sched.h>
 
 #include <chrono>
@@ -420,13 +422,26 @@ struct BFloat16 {
   }
 };
 
+struct Float16 {
+#if defined(__CUDACC__)
+  using Stored = __half;
+  static ULTRAEP_DEVICE float up(__half x) { return __half2float(x); }
+  static ULTRAEP_DEVICE __half down(float x) { return __float2half_rn(x); }
+#else
+  using Stored = _Float16;
+  static ULTRAEP_DEVICE float up(_Float16 x) { return (float)x; }
+  static ULTRAEP_DEVICE _Float16 down(float x) { return (_Float16)x; }
+#endif
+  using Sum = float;
+};
+
 // Gradients of replicas added to their homes': home + replica of the lowest rank + next ...
 template <class Type>
 struct Reduce {
   using Stored = typename Type::Stored;
   using Sum = typename Type::Sum;
   static constexpr int LANES = 16 / sizeof(Stored);
-  static constexpr int FLIGHT = sizeof(Stored) == 2 ? 4 : 8;
+  static constexpr int FLIGHT = 8;  // loads under way before the first sum
   struct alignas(16) Pack {
     Stored elements[LANES];
   };
@@ -580,7 +595,7 @@ struct Stash {
         const typename From::Stored* in =
             reinterpret_cast<const typename From::Stored*>(grads[slot * parts.parameters + parameter]);
         for (int64 i = block.rank(); i < n; i += block.size())
-          out[i] = in ? To::down((typename To::Sum)From::up(in[at + i])) : typename To::Stored(0);
+          out[i] = To::down(in ? (typename To::Sum)From::up(in[at + i]) : (typename To::Sum)0);
       }
     }
   }

@@ -7,7 +7,7 @@ namespace ultraep {
 
 constexpr int THREADS = 512;
 
-enum Dtype : int64 { FLOAT32, FLOAT64, BFLOAT16 };
+enum Dtype : int64 { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
 inline Peers peers_of(int64 rank, int64 ranks, void* flags) {
   return Peers{(int)rank, (int)ranks, (uint64* const*)flags};
@@ -104,6 +104,7 @@ int ultraep_reduce(int64_t rank, int64_t ranks, void* flags, void* replica_exper
     case FLOAT32: return fill(Reduce<Float32>{});
     case FLOAT64: return fill(Reduce<Float64>{});
     case BFLOAT16: return fill(Reduce<BFloat16>{});
+    case FLOAT16: return fill(Reduce<Float16>{});
   }
   return UNKNOWN_DTYPE;
 }
@@ -136,6 +137,7 @@ int ultraep_stash(int64_t rank, int64_t ranks, void* flags, void* replica_expert
       case FLOAT32: return start(Float32{}, made_as);
       case FLOAT64: return start(Float64{}, made_as);
       case BFLOAT16: return start(BFloat16{}, made_as);
+      case FLOAT16: return start(Float16{}, made_as);
     }
     return UNKNOWN_DTYPE;
   };
@@ -143,6 +145,7 @@ int ultraep_stash(int64_t rank, int64_t ranks, void* flags, void* replica_expert
     case FLOAT32: return pick(Float32{});
     case FLOAT64: return pick(Float64{});
     case BFLOAT16: return pick(BFloat16{});
+    case FLOAT16: return pick(Float16{});
   }
   return UNKNOWN_DTYPE;
 }

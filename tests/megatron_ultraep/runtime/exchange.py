@@ -2,6 +2,7 @@
 
 import random
 import time
+import zlib
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def random_replicas(layout, seed):
 
 def value(*what):
     """A number that depends on everything it is given; exact in every dtype that is tested."""
-    return float(hash(what) % 251 - 125)
+    return float(zlib.crc32(repr(what).encode()) % 251 - 125)
 
 
 class Rank:

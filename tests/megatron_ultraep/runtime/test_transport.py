@@ -63,9 +63,9 @@ def test_late_ranks(device_ranks, seed):
     assert late == [[], []]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_gradient_dtypes(device_ranks, dtype):
-    weights = torch.float32 if dtype == torch.float64 else torch.bfloat16
+    weights = {torch.float64: torch.float32, torch.float16: torch.float16}.get(dtype, torch.bfloat16)
     wrong = device_ranks(2).run(
         exchange.exchange_many, "symmetric", layout_of(2, 4, 2), range(6), dtype=weights, gradient_dtype=dtype
     )
