@@ -129,11 +129,13 @@ def reset() -> None:
 def _reset_megatron() -> None:
     from megatron.core import num_microbatches_calculator, parallel_state
     from megatron.core.tensor_parallel import random as tensor_parallel_random
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
     from megatron.core.transformer.moe.router_replay import RouterReplay
 
     parallel_state.destroy_model_parallel()
     num_microbatches_calculator.destroy_num_microbatches_calculator()
     RouterReplay.clear_global_router_replay_instances()
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of the shape of the first loss scale it was given
     if tensor_parallel_random._CUDA_RNG_STATE_TRACKER is not None:
         tensor_parallel_random._CUDA_RNG_STATE_TRACKER.reset()
 

@@ -201,12 +201,16 @@ class LayerBalancer:
             self.transport.await_placed(call.planned, self.pool)
         output = self.experts(weights, *inputs)
         self.transport.weights_sent(self.pool)
-        return _BeforeExpertsBackward.apply(self, call, output)  # type: ignore[no-any-return, no-untyped-call]
+        marked: torch.Tensor = _BeforeExpertsBackward.apply(self, call, output)  # type: ignore[no-untyped-call]
+        return marked
 
     def combined(self, output: torch.Tensor) -> torch.Tensor:
         """Mark the combined output of the last :meth:`route`, so that weights travel beside the combine's backward."""
         call, self._combining = self._combining, None
-        return output if call is None else _BeforeCombineBackward.apply(self, call, output)  # type: ignore[no-any-return, no-untyped-call]
+        if call is None:
+            return output
+        marked: torch.Tensor = _BeforeCombineBackward.apply(self, call, output)  # type: ignore[no-untyped-call]
+        return marked
 
     def _place(self, call: Call) -> None:
         """Start to fill the slots with the replicas of this call, unless they hold them still."""
@@ -232,8 +236,9 @@ class LayerBalancer:
         self.transport.weights_sent(self.pool)
         link.slots = slots
         targets = [getattr(parameter, "main_grad", None) for parameter in self._parameters]
-        if not any(target is None for target in targets):  # else home gradients are on their way through autograd
-            self._begin_home(link, targets)
+        found = [target for target in targets if target is not None]
+        if len(found) == len(targets):  # else home gradients are on their way through autograd
+            self._begin_home(link, found)
 
     def _begin_home(self, link: _Link, targets: Sequence[torch.Tensor]) -> None:
         assert link.call is not None
@@ -310,7 +315,7 @@ class _Homes(torch.autograd.Function):
         if layer.experts.fused_gradients and not ctx.link.direct:
             for parameter in layer._parameters:
                 if hasattr(parameter, "grad_added_to_main_grad"):
-                    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+                    parameter.grad_added_to_main_grad = True
         return (None, None, None, *handed_on)
 
 

@@ -101,10 +101,10 @@ def _seconds(run: Callable[[], None]) -> float:
 def _seconds_on_gpu(run: Callable[[], None]) -> float:
     """Time of the device alone: it stands still until the host has queued all of it."""
     torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(_STANDSTILL)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda._sleep(_STANDSTILL)  # type: ignore[no-untyped-call]
     start.record()
     run()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return float(start.elapsed_time(end)) / 1e3

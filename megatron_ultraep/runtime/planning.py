@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -123,9 +123,9 @@ class PlanBatch:
             (layout, [i for i, _ in some], torch.stack([p.made.told for _, p in some]).to("cpu", non_blocking=True))
             for layout, some in waiting.items()
         ]
-        self._event = None
+        self._event: Any = None
         if any(rows.is_pinned() for _, _, rows in self._rows):
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
     def landed(self) -> bool:

@@ -67,8 +67,8 @@ class _SideStream:
         self.raw = 0
         if device.type == "cuda":
             # High priority: its few blocks start although the computing stream has filled the device.
-            self._stream = torch.cuda.Stream(device, priority=-1)
-            self._events = [torch.cuda.Event() for _ in range(2)]
+            self._stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+            self._events = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
             for event in self._events:
                 event.record(self._stream)  # makes the handle
             self.raw = int(self._stream.cuda_stream)
