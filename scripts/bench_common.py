@@ -1,7 +1,7 @@
 """What the speed benchmarks share: options, the order of measuring, rows, table, bars, and starting ranks.
 
-For each imbalance, in one process and in this order: ``balanced``, ``stock``, ``ours``, ``balanced`` again. The second
-``balanced`` is the next imbalance's first; how far two of them lie apart is the noise.
+For each imbalance, in one process and several rounds: ``balanced``, ``stock``, ``ours``, each for a part of the
+iterations. How far the medians of ``balanced`` lie apart from round to round is the noise.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Options:
     methods: tuple[str, ...]
     balance: BalanceConfig
     iterations: int
+    rounds: int
     warmup: int
     trace: str
     profile: str
@@ -72,8 +73,7 @@ def measure(make: Callable[[Any], Any], shape: Any, options: Options, file: str,
 def _measure(make: Callable[[Any], Any], shape: Any, options: Options, report: Report) -> None:
     import torch.distributed as dist
 
-    from megatron_ultraep import Unsupported
-    from scripts.bench_rank import Bench, Block, Routes, generated, percentiles, recorded
+    from scripts.bench_rank import Bench, Routes, generated, recorded
 
     ranks = dist.get_world_size()
     bench = Bench(make, shape)
@@ -95,71 +95,116 @@ def _measure(make: Callable[[Any], Any], shape: Any, options: Options, report: R
     else:
         asked = {imbalance: routes[imbalance] for imbalance in options.imbalances if imbalance in routes}
 
-    def block(which: Routes, balancer: Any = None) -> Block:
-        return bench.block(which, iterations=options.iterations, warmup=options.warmup, balancer=balancer)
-
-    ideal = block(routes[1.0]) if "balanced" in options.methods else None
     for imbalance, these in asked.items():
-        rows: list[Row] = []
-
-        def row(method: str, which: Routes, timed: Block, rows: list[Row] = rows, at: float = imbalance) -> Row:
-            low, high = percentiles(timed.ms)
-            made = Row(layout, ranks, at, method, which.imbalance, which.imbalance, timed.median, low, high, None)
-            made.device_gib = timed.device_gib
-            rows.append(made)
-            return made
-
-        if "stock" in options.methods:
+        rounds = _Rounds(bench, options, report)
+        for _ in range(options.rounds):
+            if "balanced" in options.methods:
+                rounds.time("balanced", routes[1.0])
             # At an imbalance of 1 stock is balanced: it is not run for itself.
-            row("stock", these, ideal if ideal is not None and these is routes[1.0] else block(these))
-        if "ours" in options.methods:
-            try:
-                _ours(bench, these, options, block, row)
-            except Unsupported as error:  # on all ranks alike
-                report.say(f"{imbalance:9.3g} ours      skipped: {error}")
-        if ideal is not None:
-            again = block(routes[1.0])
-            balanced = row("balanced", routes[1.0], ideal)
-            balanced.ms = statistics.mean((ideal.median, again.median))
-            balanced.noise = abs(again.median / ideal.median - 1)
-            for one in rows:
-                if one.method == "stock" and these is routes[1.0]:
-                    one.ms = balanced.ms
-                one.fraction_of_balanced = balanced.ms / one.ms
-            ideal = again
-        report.add(rows)
+            if "stock" in options.methods and these is not routes[1.0]:
+                rounds.time("stock", these)
+            if "ours" in options.methods:
+                rounds.time_ours(these)
+        report.add(rounds.rows(layout, ranks, imbalance, these, routes[1.0]))
     if options.profile and asked:
         _profile(bench, routes[1.0], list(asked.values())[-1], options, report)
 
 
-def _ours(bench: Any, routes: Any, options: Options, block: Callable[..., Any], row: Callable[..., Row]) -> None:
-    """Attach, time, detach."""
-    from megatron_ultraep import attach, detach
-    from scripts.bench_rank import GIB, largest_of_ranks
+class _Rounds:
+    """One imbalance: methods in turn, a few iterations each, several times over, so that all see the same weather."""
 
-    balancer = attach(bench.subject.chunks, options.balance)
-    if balancer is None:
-        raise ValueError("balancing is off: drop enabled=false")
-    try:
-        timed = block(routes, balancer)
-        made = row("ours", routes, timed)
-        mean = {
-            name: statistics.mean(metrics[name] for metrics in timed.metrics)
-            for name in timed.metrics[0]
-            if "/layer_" not in name
+    def __init__(self, bench: Any, options: Options, report: Report) -> None:
+        self.bench, self.options, self.report = bench, options, report
+        self.blocks: dict[str, list[Any]] = {}
+        self.ours: dict[str, Any] = {}
+        self.balance = options.balance
+        self.refused = False
+
+    def time(self, method: str, routes: Any, balancer: Any = None) -> Any:
+        iterations = -(-self.options.iterations // self.options.rounds)
+        timed = self.bench.block(routes, iterations=iterations, warmup=self.options.warmup, balancer=balancer)
+        self.blocks.setdefault(method, []).append(timed)
+        return timed
+
+    def time_ours(self, routes: Any) -> None:
+        """Attach, time, detach. The gate measures its constants once."""
+        from megatron_ultraep import Unsupported, attach, detach
+
+        if self.refused:
+            return
+        try:
+            balancer = attach(self.bench.subject.chunks, self.balance)
+        except Unsupported as error:  # on all ranks alike
+            self.refused = True
+            self.report.say(f"ours skipped: {error}")
+            return
+        if balancer is None:
+            raise ValueError("balancing is off: drop enabled=false")
+        try:
+            self.time("ours", routes, balancer)
+            if not self.ours:
+                self.ours = self._details(routes, balancer)
+            if balancer.costs is not None:
+                self.balance = dataclasses.replace(
+                    self.balance,
+                    token_ns=max(1, round(balancer.costs.token_ps / 1e3)),
+                    copy_ns_per_mib=max(1, round(balancer.costs.copy_ps_per_kib * 1024 / 1e3)),
+                )
+        finally:
+            detach(self.bench.subject.chunks)
+
+    def _details(self, routes: Any, balancer: Any) -> dict[str, Any]:
+        """Slots, the gate and exposed times; the latter from iterations of their own, as recording takes time."""
+        from scripts.bench_rank import GIB, largest_of_ranks
+
+        costs = balancer.costs
+        gate = {} if costs is None else {"token_ns": costs.token_ps / 1e3, "replica_us": costs.replica_ps / 1e6}
+        balancer.timings(True)
+        self.bench.block(routes, iterations=min(5, self.options.iterations), warmup=1, balancer=balancer)
+        return {
+            "gate": gate,
+            "exposed_us": {n: round(us, 2) for n, us in largest_of_ranks(balancer.timings(False)).items()},
+            "slot_gib": largest_of_ranks({"slots": balancer.slot_bytes / GIB})["slots"],
         }
-        made.before, made.after = mean["moe/imbalance_before/mean"], mean["moe/imbalance_after/mean"]
-        made.replicas = round(mean["moe/replicas/mean"], 2)
-        skipped = {name.rpartition("/")[2]: share for name, share in mean.items() if name.startswith("moe/skipped/")}
-        made.skipped = {name: round(share, 3) for name, share in skipped.items() if share}
-        made.slot_gib = largest_of_ranks({"slots": balancer.slot_bytes / GIB})["slots"]
-        if balancer.costs is not None:
-            made.gate = {"token_ns": balancer.costs.token_ps / 1e3, "replica_us": balancer.costs.replica_ps / 1e6}
-        balancer.timings(True)  # a run of its own: recording takes time
-        bench.block(routes, iterations=min(5, options.iterations), warmup=1, balancer=balancer)
-        made.exposed_us = {name: round(us, 2) for name, us in largest_of_ranks(balancer.timings(False)).items()}
-    finally:
-        detach(bench.subject.chunks)
+
+    def rows(self, layout: str, ranks: int, imbalance: float, routes: Any, balanced: Any) -> list[Row]:
+        """The rows of this imbalance, in the order of ``METHODS``."""
+        from scripts.bench_rank import percentiles
+
+        made = []
+        for method in METHODS:
+            blocks = self.blocks.get(method)
+            if blocks is None and method == "stock" and method in self.options.methods and routes is balanced:
+                blocks = self.blocks.get("balanced")
+            if not blocks:
+                continue
+            which = balanced if method == "balanced" else routes
+            times = [ms for one in blocks for ms in one.ms]
+            low, high = percentiles(times)
+            median = statistics.median(times)
+            row = Row(layout, ranks, imbalance, method, which.imbalance, which.imbalance, median, low, high, None)
+            row.device_gib = None if blocks[0].device_gib is None else max(one.device_gib for one in blocks)
+            if method == "ours":
+                _fill(row, blocks, self.ours)
+            made.append(row)
+        ideal = next((row for row in made if row.method == "balanced"), None)
+        if ideal is not None:
+            medians = [one.median for one in self.blocks["balanced"]]
+            ideal.noise = max(medians) / min(medians) - 1
+            for row in made:
+                row.fraction_of_balanced = ideal.ms / row.ms
+        return made
+
+
+def _fill(row: Row, blocks: list[Any], details: dict[str, Any]) -> None:
+    """What balancing says of itself, into its row."""
+    metrics = [one for block in blocks for one in block.metrics]
+    mean = {n: statistics.mean(one[n] for one in metrics) for n in metrics[0] if "/layer_" not in n}
+    row.before, row.after = mean["moe/imbalance_before/mean"], mean["moe/imbalance_after/mean"]
+    row.replicas = round(mean["moe/replicas/mean"], 2)
+    skipped = {name.rpartition("/")[2]: share for name, share in mean.items() if name.startswith("moe/skipped/")}
+    row.skipped = {name: round(share, 3) for name, share in skipped.items() if share}
+    row.gate, row.exposed_us, row.slot_gib = details["gate"], details["exposed_us"], details["slot_gib"]
 
 
 def _profile(bench: Any, ideal: Any, routes: Any, options: Options, report: Report) -> None:
@@ -201,11 +246,14 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--imbalances", nargs="+", type=float, metavar="X", help="max / mean over ranks")
     made.add_argument("--trace", default="", metavar="FILE", help="recorded routes instead of generated ones")
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    made.add_argument("--iterations", type=int, metavar="N", help="timed, of each block (default: 20; 3 with --cpu)")
+    made.add_argument("--iterations", type=int, metavar="N", help="timed, of each method (default: 30; 3 with --cpu)")
+    made.add_argument(
+        "--rounds", type=int, metavar="N", help="in which they are timed in turn (default: 3; 1 with --cpu)"
+    )
     made.add_argument("--warmup", type=int, metavar="N", help="before each block")
-    made.add_argument("--slots", type=int, default=2, metavar="N", help="replica slots of a rank")
+    made.add_argument("--slots", type=int, default=4, metavar="N", help="replica slots of a rank")
     made.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="fields of BalanceConfig")
-    made.add_argument("--permute-fusion", action=argparse.BooleanOptionalAction, default=False)
+    made.add_argument("--permute-fusion", action=argparse.BooleanOptionalAction, default=None, help="default: on GPUs")
     made.add_argument("--fusions", action=argparse.BooleanOptionalAction, default=True, help="Megatron's other fusions")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--trace-profile", default="", metavar="DIR", help="Chrome traces of one iteration; its kernels")
@@ -251,7 +299,7 @@ def shapes(arguments: argparse.Namespace, presets: tuple[str, ...], **defaults: 
                 name=name,
                 grad_dtype={"fp32": "float32", "bf16": "bfloat16"}[arguments.grad_dtype],
                 shared_experts=arguments.shared_experts,
-                permute_fusion=arguments.permute_fusion,
+                permute_fusion=not arguments.cpu if arguments.permute_fusion is None else arguments.permute_fusion,
                 fusions=arguments.fusions,
                 overlap=getattr(arguments, "overlap", False),
                 **values,
@@ -291,7 +339,8 @@ def run(
         imbalances=tuple(arguments.imbalances or default),
         methods=tuple(arguments.methods),
         balance=balance_config(arguments),
-        iterations=arguments.iterations or (3 if arguments.cpu else 20),
+        iterations=arguments.iterations or (3 if arguments.cpu else 30),
+        rounds=arguments.rounds or (1 if arguments.cpu else 3),
         warmup=(1 if arguments.cpu else warmup) if arguments.warmup is None else arguments.warmup,
         trace=arguments.trace,
         profile=arguments.trace_profile,
