@@ -1,0 +1,127 @@
+"""A balanced layer without Megatron: linear experts whose weight gradients are known in closed form."""
+
+import torch
+import torch.distributed as dist
+
+from megatron_ultraep.layout import ExpertLayout
+from megatron_ultraep.plan import PlanSettings, solve
+from megatron_ultraep.runtime import choose
+from megatron_ultraep.runtime.layer import LayerBalancer
+from megatron_ultraep.runtime.planning import DevicePlanner, HostPlanner
+from megatron_ultraep.runtime.slots import ExpertShape
+from megatron_ultraep.runtime.stopwatch import Stopwatch
+
+HIDDEN, OUT, TOKENS = 6, 5, 40
+SETTINGS = PlanSettings(min_tokens=1, tolerance_ppm=0)
+DTYPE = torch.float64
+
+
+class Accumulating(torch.autograd.Function):
+    """``x @ w.T`` whose backward adds to ``w.main_grad`` and hands a dummy on, as Transformer Engine's kernels do."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        ctx.weight = weight
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        ctx.weight.main_grad += gradient.t() @ x
+        if hasattr(ctx.weight, "grad_added_to_main_grad"):
+            ctx.weight.grad_added_to_main_grad = True
+        return gradient @ weight, torch.full_like(weight, float("nan"))  # whoever adds the dummy is caught
+
+
+class Linears:
+    """Experts of one matrix each, with what DistributedDataParallel does to their parameters."""
+
+    def __init__(self, home, *, fused, main_grad):
+        self.home_parameters = [[torch.nn.Parameter(w.clone())] for w in home]
+        self.fused_gradients = fused
+        for (parameter,) in self.home_parameters:
+            if main_grad:
+                parameter.main_grad = torch.zeros_like(parameter)
+                parameter.grad_added_to_main_grad = False
+                parameter.register_post_accumulate_grad_hook(self.collect)
+        self.when_ready = {}
+
+    def collect(self, parameter):
+        """As DDP's hook: the gradient is ready now."""
+        if not parameter.grad_added_to_main_grad:
+            parameter.main_grad += parameter.grad
+        parameter.grad = None
+        parameter.grad_added_to_main_grad = False
+        self.when_ready[parameter] = parameter.main_grad.clone()
+
+    def before_reading(self):
+        pass
+
+    def __call__(self, weights, *pieces):
+        multiply = Accumulating.apply if self.fused_gradients else lambda x, w: x @ w.t()
+        return torch.cat([multiply(x, w) for x, (w,) in zip(pieces, weights, strict=True)])
+
+
+def gathered(tensor):
+    out = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(out, tensor.contiguous())
+    return torch.cat(out)
+
+
+def train(transport, *, fused, main_grad, early, micro_batches=3):
+    """Largest error of this rank's home gradients after some micro-batches, of outputs, and how many replicas."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    layout = ExpertLayout(experts=3 * ranks, ranks=ranks, slots=2, home_slot=tuple(reversed(range(3 * ranks))))
+    made = choose.make_transport(
+        [tuple(range(ranks))], tuple(range(ranks)), 0, symmetric=transport == "symmetric", timeout_s=60
+    )
+    generator = torch.Generator().manual_seed(0)
+    every = torch.randn(layout.experts, OUT, HIDDEN, dtype=DTYPE, generator=generator)
+    experts = Linears([every[e] for e in layout.experts_of(rank)], fused=fused, main_grad=main_grad)
+    device = torch.device("cpu")
+    pool = made.make_pool(ExpertShape(("w",), ((OUT, HIDDEN),), DTYPE, device), layout.slots)
+    watch = Stopwatch(device)
+    if transport == "symmetric":
+        planner = DevicePlanner(layout, SETTINGS, rank, device, watch)
+    else:
+        planner = HostPlanner(layout, 2, lambda loads, where: solve(loads, where, SETTINGS), watch)
+    seen = []
+    layer = LayerBalancer(layout, experts, pool, made, planner, seen.append, watch, early=early)
+    width = layout.experts_per_rank + layout.slots
+    expected = torch.zeros_like(every)
+    wrong = 0.0
+    for number in range(micro_batches):
+        generator.manual_seed(100 + number)
+        x = torch.randn(ranks * TOKENS, HIDDEN, dtype=DTYPE, generator=generator)
+        g = torch.randn(ranks * TOKENS, OUT, dtype=DTYPE, generator=generator)
+        bias = torch.linspace(2.0, 0.0, layout.experts)
+        routing_map = torch.zeros(ranks * TOKENS, layout.experts, dtype=torch.bool)
+        choice = (torch.rand(ranks * TOKENS, layout.experts, generator=generator) + bias).topk(2, dim=1).indices
+        routing_map.scatter_(1, choice, True)
+        probs = routing_map.to(DTYPE) * 0.5
+        mine = slice(rank * TOKENS, (rank + 1) * TOKENS)
+        _, physical_map = layer.route(probs[mine], routing_map[mine])
+        where = gathered(physical_map.to(torch.uint8)).bool()[:, rank * width : (rank + 1) * width]
+        rows = [where[:, place].nonzero()[:, 0] for place in range(width)]
+        inputs = x.clone().requires_grad_()
+        output = layer.combined(layer.compute(*(inputs[some] for some in rows)))
+        (output * torch.cat([g[some] for some in rows])).sum().backward()
+        for expert in range(layout.experts):
+            tokens = routing_map[:, expert]
+            expected[expert] += g[tokens].t() @ x[tokens]
+        held = [*layout.experts_of(rank), *(int(e) for e in seen[-1].plan.replica_expert[rank])]
+        correct = torch.cat([x[some] @ every[e].t() for some, e in zip(rows, held, strict=True) if e >= 0])
+        wrong = max(wrong, float((output.detach() - correct).abs().max()))
+    for (parameter,), expert in zip(experts.home_parameters, layout.experts_of(rank), strict=True):
+        found = parameter.main_grad if main_grad else parameter.grad
+        wrong = max(wrong, float((found - expected[expert]).abs().max()))
+    replicas = sum(len(each.plan.replicas) for each in seen)
+    made.close()
+    # With overlapped reduction whoever looks when a gradient is ready must find it complete.
+    complete = [
+        float((experts.when_ready[parameter] - expected[expert]).abs().max())
+        for (parameter,), expert in zip(experts.home_parameters, layout.experts_of(rank), strict=True)
+        if main_grad
+    ]
+    return wrong, replicas, complete

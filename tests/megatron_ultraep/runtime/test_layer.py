@@ -1,0 +1,29 @@
+"""Home gradients have their replicas' share, in every way that gradients are accumulated."""
+
+import pytest
+
+from tests.megatron_ultraep.runtime import layer_ranks
+
+WAYS = {
+    "fused, home parameters themselves": {"fused": True, "main_grad": True, "early": True},
+    "fused, aliases": {"fused": True, "main_grad": True, "early": False},
+    "main gradients": {"fused": False, "main_grad": True, "early": False},
+    "main gradients, early has no effect": {"fused": False, "main_grad": True, "early": True},
+    "no main gradients": {"fused": False, "main_grad": False, "early": False},
+}
+
+
+@pytest.mark.parametrize("transport", ["collective", "symmetric"])
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients(ranks, way, transport):
+    for wrong, replicas, complete in ranks(2).run(layer_ranks.train, transport, **WAYS[way]):
+        assert wrong <= 1e-12
+        assert replicas > 0
+        if not WAYS[way]["early"]:
+            assert all(difference <= 1e-12 for difference in complete), "handed on before the replicas' share was added"
+
+
+def test_three_ranks(ranks):
+    for wrong, replicas, _ in ranks(3).run(layer_ranks.train, "symmetric", **WAYS["fused, home parameters themselves"]):
+        assert wrong <= 1e-12
+        assert replicas > 0
