@@ -61,13 +61,19 @@ def measure_costs(
         ring = HostPlanned(_ring(layout), pool.shape.device)
         homes = Homes(experts.home_parameters)
 
+        # All begin together: the wait for a late sender is not the copy's. Whoever gathers loads places next.
+        nothing = torch.zeros(layout.experts, dtype=torch.int64, device=pool.shape.device)
+
+        def meet() -> None:
+            transport.gather_loads(nothing, pool)
+
         def place() -> None:
             transport.place(ring, pool, homes)
             transport.await_placed(ring, pool)
             transport.weights_sent(pool)
 
         experts.before_reading()
-        seconds_copy = _best(place, pool)
+        seconds_copy = _best(place, pool, meet)
         pool.holder = None
         copy_ps = max(1, round(seconds_copy * 1e12 / (pool.shape.numel * element / 1024)))
     mine = torch.tensor([token_ps, copy_ps], dtype=torch.int64, device=pool.shape.device)
@@ -86,23 +92,31 @@ def _ring(layout: ExpertLayout) -> Plan:
     return Plan(layout, replica_expert, np.zeros((layout.ranks, physical), dtype=np.int64), ())
 
 
-def _best(run: Callable[[], None], pool: SlotPool) -> float:
-    """Seconds of the fastest of a few runs, after one that warms up."""
+def _best(run: Callable[[], None], pool: SlotPool, first: Callable[[], None] = lambda: None) -> float:
+    """Seconds of the fastest of a few runs, after one that warms up.
+
+    Args:
+        run: what is timed.
+        pool: whose device it runs on.
+        first: what is done before each run, untimed.
+    """
     time_once = _seconds_on_gpu if pool.shape.device.type == "cuda" else _seconds
-    return min([time_once(run) for _ in range(_REPEATS + 1)][1:])
+    return min([time_once(run, first) for _ in range(_REPEATS + 1)][1:])
 
 
-def _seconds(run: Callable[[], None]) -> float:
+def _seconds(run: Callable[[], None], first: Callable[[], None]) -> float:
+    first()
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
 
 
-def _seconds_on_gpu(run: Callable[[], None]) -> float:
+def _seconds_on_gpu(run: Callable[[], None], first: Callable[[], None]) -> float:
     """Time of the device alone: it stands still until the host has queued all of it."""
     torch.cuda.synchronize()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda._sleep(_STANDSTILL)  # type: ignore[no-untyped-call]
+    first()
     start.record()
     run()
     end.record()

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _FREE, _PLACED, _READY, _TAKEN, _LOADS = range(5)
 _FLAGS = 4
+_MOST_PARAMETERS = 8  # Parts::MOST
 _WAITED_FOR = {
     _FREE: "to free its weight slots",
     _PLACED: "to place weights",
@@ -116,14 +117,10 @@ class SymmetricPool(SlotPool):
         return self._regions[buffers.flat.data_ptr()]
 
     def parts(self, buffers: Buffers) -> tuple[torch.Tensor, torch.Tensor]:
-        """Offsets and sizes of parameters, int64 on the device."""
+        """Offsets and sizes of parameters, int64 on the host, from where launches take them."""
         key = buffers.flat.data_ptr()
         if key not in self._layouts:
-            device = self.shape.device
-            self._layouts[key] = (
-                torch.tensor(buffers.offsets, device=device),
-                torch.tensor(buffers.sizes, device=device),
-            )
+            self._layouts[key] = (torch.tensor(buffers.offsets), torch.tensor(buffers.sizes))
         return self._layouts[key]
 
     def _symmetric(self, size: int) -> torch.Tensor:
@@ -165,6 +162,11 @@ class SymmetricTransport:
             _watch(self)
 
     def make_pool(self, shape: ExpertShape, slots: int) -> SlotPool:
+        if len(shape.names) > _MOST_PARAMETERS:
+            raise ValueError(
+                f"expected at most {_MOST_PARAMETERS} parameters an expert, got {len(shape.names)}: use transport "
+                "'collective'"
+            )
         return SymmetricPool(shape, slots, self._memory)
 
     def gather_loads(self, loads: torch.Tensor, pool: SlotPool) -> torch.Tensor:

@@ -230,9 +230,11 @@ struct OwnReplicas {
   int* first;  // [owners + 1]: where each place's entries begin
   Entry* entries;
 
+  int* places;  // [ranks * slots]: place of the replica's home, -1 for none of this rank's
+
   static size_t bytes(int ranks, int slots) {
     size_t most = (size_t)ranks * slots;
-    return 16 + (most + 2) * sizeof(int) + most * sizeof(Entry) + 16;
+    return 16 + (most + 2) * sizeof(int) + most * (sizeof(Entry) + sizeof(int)) + 16;
   }
 
   ULTRAEP_DEVICE OwnReplicas(char* shared, int ranks, int slots) {
@@ -240,23 +242,25 @@ struct OwnReplicas {
     owners = count + 1;
     first = count + 4;
     entries = reinterpret_cast<Entry*>(first + ranks * slots + 2);
+    places = reinterpret_cast<int*>(entries + ranks * slots);
   }
 
   // Collective over the block. Every (rank, slot) finds its place in the order by counting, so threads need no order.
   ULTRAEP_DEVICE void find(Block block, const Replicas& replicas, const Peers& peers) {
     int most = peers.ranks * replicas.slots;
     if (block.rank() == 0) *count = 0;
-    block.sync();
     for (int i = block.rank(); i < most; i += block.size()) {
       int expert = replicas.expert(i / replicas.slots, i % replicas.slots);
-      if (expert < 0 || replicas.home(expert) != peers.rank) continue;
-      int place = replicas.place(expert), before = 0, all = 0;
+      places[i] = expert >= 0 && replicas.home(expert) == peers.rank ? replicas.place(expert) : -1;
+    }
+    block.sync();
+    for (int i = block.rank(); i < most; i += block.size()) {
+      int place = places[i], before = 0, all = 0;
+      if (place < 0) continue;
       for (int j = 0; j < most; ++j) {
-        int other = replicas.expert(j / replicas.slots, j % replicas.slots);
-        if (other < 0 || replicas.home(other) != peers.rank) continue;
-        ++all;
-        int at = replicas.place(other);
-        before += at < place || (at == place && j < i);
+        int at = places[j];
+        all += at >= 0;
+        before += at >= 0 && (at < place || (at == place && j < i));
       }
       entries[before] = {place, i / replicas.slots, i % replicas.slots};
       if (before == 0) *count = all;
@@ -274,19 +278,16 @@ struct OwnReplicas {
 };
 
 // The parameters of one expert: where they lie in a slot, and how an expert is cut into pieces of work.
+// By value: a kernel has them without a load.
 struct Parts {
-  const int64* offsets;  // [parameters]: bytes from the start of a slot
-  const int64* sizes;    // [parameters]: bytes
-  int parameters;
-  size_t stride;  // bytes from slot to slot
-
+  static constexpr int MOST = 8;           // parameters
   static constexpr int64 PIECE = 64 * 1024;  // bytes
 
-  ULTRAEP_DEVICE int pieces() const {
-    int64 all = 0;
-    for (int p = 0; p < parameters; ++p) all += (sizes[p] + PIECE - 1) / PIECE;
-    return (int)all;
-  }
+  int64 offsets[MOST];  // bytes from the start of a slot
+  int64 sizes[MOST];    // bytes
+  int parameters;
+  size_t stride;  // bytes from slot to slot
+  int pieces;     // of an expert
 
   // Piece of an expert: parameter, first byte in it, bytes.
   ULTRAEP_DEVICE void piece(int number, int& parameter, int64& start, int64& bytes) const {
@@ -360,7 +361,7 @@ struct Place {
     }
     block.sync();
     if (*word == 0) return;
-    int pieces = parts.pieces();
+    int pieces = parts.pieces;
     // Neighbouring pieces go to different ranks, so that all their links are busy.
     for (int work = block.id(); work < pieces * *own.count; work += block.count()) {
       OwnReplicas::Entry entry = own.entries[work % *own.count];
@@ -469,7 +470,7 @@ struct Reduce {
     }
     block.sync();
     if (*word == 0) return;
-    int pieces = parts.pieces(), owners = *own.owners;
+    int pieces = parts.pieces, owners = *own.owners;
     for (int work = block.id(); work < pieces * owners; work += block.count()) {
       int first = own.first[work % owners], last = own.first[work % owners + 1];
       int parameter;
@@ -559,7 +560,7 @@ struct Clear {
     }
     block.sync();
     if (!zero || *word == 0) return;
-    int pieces = parts.pieces();
+    int pieces = parts.pieces;
     for (int slot = 0; slot < replicas.slots; ++slot) {
       if (replicas.expert(peers.rank, slot) < 0) continue;
       for (int work = block.id(); work < pieces; work += block.count()) {
@@ -582,7 +583,7 @@ struct Stash {
   char* slots;               // this rank's gradient slots
 
   ULTRAEP_DEVICE void operator()(Block block, char*) const {
-    int pieces = parts.pieces();
+    int pieces = parts.pieces;
     for (int slot = 0; slot < replicas.slots; ++slot) {
       if (replicas.expert(peers.rank, slot) < 0) continue;
       for (int work = block.id(); work < pieces; work += block.count()) {

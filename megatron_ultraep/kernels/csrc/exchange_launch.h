@@ -19,8 +19,17 @@ inline Replicas replicas_of(void* replica_expert, void* home_slot, int64 first_r
   return Replicas{(const int64*)replica_expert, (const int32*)home_slot, (int)first_rank, (int)slots, (int)homes};
 }
 
+// Offsets and sizes lie in memory of the host; at most Parts::MOST parameters.
 inline Parts parts_of(void* offsets, void* sizes, int64 parameters, int64 stride) {
-  return Parts{(const int64*)offsets, (const int64*)sizes, (int)parameters, (size_t)stride};
+  Parts parts{};
+  parts.parameters = (int)parameters;
+  parts.stride = (size_t)stride;
+  for (int64 p = 0; p < parameters && p < Parts::MOST; ++p) {
+    parts.offsets[p] = ((const int64*)offsets)[p];
+    parts.sizes[p] = ((const int64*)sizes)[p];
+    parts.pieces += (int)((parts.sizes[p] + Parts::PIECE - 1) / Parts::PIECE);
+  }
+  return parts;
 }
 
 template <class Kernel>
