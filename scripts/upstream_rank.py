@@ -65,6 +65,7 @@ class Job:
         only: ids of the tests to run; None for all.
         skip: ids of the tests not to run.
         limit_s: how long a rank waits for the others after a test (s).
+        transport: how replicas travel, as in ``BalanceConfig``.
     """
 
     root: Path
@@ -78,6 +79,7 @@ class Job:
     skip: frozenset[str]
     limit_s: float
     port: int
+    transport: str = "auto"
 
 
 def copy_tests(checkout: Path, root: Path, files: tuple[str, ...], *, gpu: bool) -> None:
@@ -312,7 +314,7 @@ class _Plugin:
         from megatron_ultraep import BalanceConfig, Unsupported, attach
         from megatron_ultraep.megatron.support import refusals
 
-        config = BalanceConfig(slots=2, min_tokens=1, gate=False)
+        config = BalanceConfig(slots=2, min_tokens=1, gate=False, transport=self.job.transport)
         try:
             self.layers.balancers.append(attach(layer, config, timeout_s=self.job.limit_s))
         except Unsupported as error:

@@ -115,7 +115,18 @@ def main() -> int:
         root = Path(directory)
         upstream_rank.copy_tests(options.checkout, root / "copy", files, gpu=options.gpu)
         job = upstream_rank.Job(
-            root / "copy", files, root, 0, options.gpu, "", False, None, frozenset(), options.limit, port=0
+            root / "copy",
+            files,
+            root,
+            0,
+            options.gpu,
+            "",
+            False,
+            None,
+            frozenset(),
+            options.limit,
+            0,
+            options.transport,
         )
         runs = Runs(job, options.logs)
         for world in sorted(set(worlds)):
@@ -168,6 +179,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--adapt", action="store_true", help="run again with the parallelism that balancing supports")
     parser.add_argument("--worlds", type=lambda s: [int(n) for n in s.split(",")], help="numbers of ranks, e.g. 1,2,8")
+    parser.add_argument("--transport", default="auto", choices=("auto", "collective", "symmetric"))
     parser.add_argument("--files", default="", help="only files that this pattern is found in")
     parser.add_argument("--limit", type=float, default=120.0, help="longest time of one test (s)")
     parser.add_argument("--json", type=Path, help="write every result here")
