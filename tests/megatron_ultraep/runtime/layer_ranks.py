@@ -1,5 +1,7 @@
 """A balanced layer without Megatron: linear experts whose weight gradients are known in closed form."""
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 
@@ -63,8 +65,21 @@ class Linears:
         return torch.cat([multiply(x, w) for x, (w,) in zip(pieces, weights, strict=True)])
 
 
+@contextlib.contextmanager
+def no_waiting(wanted):
+    """On a GPU, an error where the host waits for the device."""
+    if not wanted or not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def gathered(tensor):
-    out = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    out = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
     dist.all_gather(out, tensor.contiguous())
     return torch.cat(out)
 
@@ -76,10 +91,10 @@ def train(transport, *, fused, main_grad, early, micro_batches=3):
     made = choose.make_transport(
         [tuple(range(ranks))], tuple(range(ranks)), 0, symmetric=transport == "symmetric", timeout_s=60
     )
+    device = choose.device_of_rank()
     generator = torch.Generator().manual_seed(0)
-    every = torch.randn(layout.experts, OUT, HIDDEN, dtype=DTYPE, generator=generator)
+    every = torch.randn(layout.experts, OUT, HIDDEN, dtype=DTYPE, generator=generator).to(device)
     experts = Linears([every[e] for e in layout.experts_of(rank)], fused=fused, main_grad=main_grad)
-    device = torch.device("cpu")
     pool = made.make_pool(ExpertShape(("w",), ((OUT, HIDDEN),), DTYPE, device), layout.slots)
     watch = Stopwatch(device)
     if transport == "symmetric":
@@ -93,20 +108,24 @@ def train(transport, *, fused, main_grad, early, micro_batches=3):
     wrong = 0.0
     for number in range(micro_batches):
         generator.manual_seed(100 + number)
-        x = torch.randn(ranks * TOKENS, HIDDEN, dtype=DTYPE, generator=generator)
-        g = torch.randn(ranks * TOKENS, OUT, dtype=DTYPE, generator=generator)
+        x = torch.randn(ranks * TOKENS, HIDDEN, dtype=DTYPE, generator=generator).to(device)
+        g = torch.randn(ranks * TOKENS, OUT, dtype=DTYPE, generator=generator).to(device)
         bias = torch.linspace(2.0, 0.0, layout.experts)
         routing_map = torch.zeros(ranks * TOKENS, layout.experts, dtype=torch.bool)
         choice = (torch.rand(ranks * TOKENS, layout.experts, generator=generator) + bias).topk(2, dim=1).indices
-        routing_map.scatter_(1, choice, True)
+        routing_map = routing_map.scatter_(1, choice, True).to(device)
         probs = routing_map.to(DTYPE) * 0.5
         mine = slice(rank * TOKENS, (rank + 1) * TOKENS)
-        _, physical_map = layer.route(probs[mine], routing_map[mine])
+        with no_waiting(number and transport == "symmetric"):
+            _, physical_map = layer.route(probs[mine], routing_map[mine])
         where = gathered(physical_map.to(torch.uint8)).bool()[:, rank * width : (rank + 1) * width]
         rows = [where[:, place].nonzero()[:, 0] for place in range(width)]
         inputs = x.clone().requires_grad_()
-        output = layer.combined(layer.compute(*(inputs[some] for some in rows)))
-        (output * torch.cat([g[some] for some in rows])).sum().backward()
+        pieces = [inputs[some] for some in rows]
+        factors = torch.cat([g[some] for some in rows])
+        with no_waiting(number and transport == "symmetric"):
+            output = layer.combined(layer.compute(*pieces))
+            (output * factors).sum().backward()
         for expert in range(layout.experts):
             tokens = routing_map[:, expert]
             expected[expert] += g[tokens].t() @ x[tokens]

@@ -1,4 +1,4 @@
-"""Home gradients have their replicas' share, in every way that gradients are accumulated."""
+"""Home gradients have their replicas' share, in every way that gradients are accumulated; no host waits for a GPU."""
 
 import pytest
 
@@ -15,8 +15,8 @@ WAYS = {
 
 @pytest.mark.parametrize("transport", ["collective", "symmetric"])
 @pytest.mark.parametrize("way", WAYS)
-def test_gradients(ranks, way, transport):
-    for wrong, replicas, complete in ranks(2).run(layer_ranks.train, transport, **WAYS[way]):
+def test_gradients(device_ranks, way, transport):
+    for wrong, replicas, complete in device_ranks(2).run(layer_ranks.train, transport, **WAYS[way]):
         assert wrong <= 1e-12
         assert replicas > 0
         if not WAYS[way]["early"]:
