@@ -25,6 +25,7 @@ Invariants (asserted by the tests of this file and by the parity tests):
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -51,6 +52,11 @@ class Experts(Protocol):
     def __call__(self, weights: Sequence[Parameters], *inputs: torch.Tensor) -> torch.Tensor:
         """Compute with ``weights[physical expert of this rank][parameter]``."""
         ...
+
+
+# In C, for every parameter of every forward.
+_requires_grad = operator.attrgetter("requires_grad")
+_main_grad = operator.attrgetter("main_grad")
 
 
 @dataclass
@@ -132,13 +138,10 @@ class LayerBalancer:
         """
         self._link = _Link()
         # Frozen experts have no gradients, and nor have their replicas.
-        trained = [p.requires_grad for p in self._parameters]
+        trained = list(map(_requires_grad, self._parameters))
         token = self._token if any(trained) else self._token.detach()
         self._link.direct = (
-            self.early
-            and self.experts.fused_gradients
-            and all(trained)
-            and all(hasattr(p, "main_grad") for p in self._parameters)
+            self.early and self.experts.fused_gradients and all(trained) and self._main_gradients() is not None
         )
         if self._link.direct:
             (token,) = _Homes.apply(self, self._link, token)  # type: ignore[no-untyped-call]
@@ -235,10 +238,17 @@ class LayerBalancer:
         """
         self.transport.weights_sent(self.pool)
         link.slots = slots
-        targets = [getattr(parameter, "main_grad", None) for parameter in self._parameters]
-        found = [target for target in targets if target is not None]
-        if len(found) == len(targets):  # else home gradients are on their way through autograd
-            self._begin_home(link, found)
+        targets = self._main_gradients()
+        if targets is not None:  # else home gradients are on their way through autograd
+            self._begin_home(link, targets)
+
+    def _main_gradients(self) -> list[torch.Tensor] | None:
+        """DDP's buffers of the home parameters; None where not all have one."""
+        try:
+            found = list(map(_main_grad, self._parameters))
+        except AttributeError:
+            return None
+        return None if found[0] is None else found
 
     def _begin_home(self, link: _Link, targets: Sequence[torch.Tensor]) -> None:
         assert link.call is not None
