@@ -22,6 +22,7 @@ that is in none) they hide behind less.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -56,6 +57,7 @@ _ATTRIBUTE = "_ultraep"
 _MOST_COUNTED = 100_000  # (micro-batch, layer)s that metrics are kept of
 _MOST_ARRIVING = 4096  # plans that are not counted yet
 _MOST_BYTES = 16 * 2**20  # of the device's memory, in them
+_MOST_CROSSING = 16  # batches of plans on the host that are not counted yet
 _STAGES = {
     "preprocess": ["self", "hidden_states", "probs", "routing_map"],
     "routed_experts_compute": ["self", "hidden_states", "probs"],
@@ -174,9 +176,10 @@ class Balancer:
             layout, experts, pool, self.transport, planner, self._observer(layer), self._watch, early=early
         )
         stock = layer.token_dispatcher
+        dispatcher = physical_dispatcher(stock, layout, self.transport.rank, balancer)
         hook = None if parent is None else parent.register_forward_pre_hook(lambda *_: balancer.begin())
         attached = _Attached(self, balancer, type(layer), stock, hook)
-        layer.token_dispatcher = physical_dispatcher(stock, layout, self.transport.rank, balancer)
+        layer.token_dispatcher = dispatcher
         object.__setattr__(layer, _ATTRIBUTE, attached)
         layer.__class__ = _balanced_class(type(layer))
         self._layers.append(layer)
@@ -242,8 +245,8 @@ class Balancer:
             self._arriving_bytes += planned.bytes
             if self._arriving_bytes > _MOST_BYTES or len(self._arriving) >= _MOST_ARRIVING:
                 self._send_over()
-            elif self._crossing:
-                self._crossing[-1][1].landed()
+            else:
+                self._land()
 
         return observe
 
@@ -253,16 +256,26 @@ class Balancer:
         names = [(key, number) for key, number, _ in arriving]
         self._crossing.append((names, PlanBatch([planned for _, _, planned in arriving])))
 
+    def _land(self) -> None:
+        """Take plans that have come out of pinned memory, and count the oldest where they are many; waits for none."""
+        landed = [batch.landed() for _, batch in self._crossing]
+        while landed and landed[0] and len(self._crossing) > _MOST_CROSSING:
+            landed.pop(0)
+            self._take(*self._crossing.pop(0))
+
     def _take_all(self) -> None:
         """Count and record all plans since the last time; waits for the device."""
         self._send_over()
         crossing, self._crossing = self._crossing, []
         for names, batch in crossing:
-            for (key, number), plan in zip(names, batch.plans(), strict=True):
-                self._replicas += len(plan.replicas)
-                self._metrics.add(number, plan)
-                if self._recorder is not None:
-                    self._recorder.record(key, number, plan)
+            self._take(names, batch)
+
+    def _take(self, names: Sequence[tuple[MicroBatchKey, int]], batch: PlanBatch) -> None:
+        for (key, number), plan in zip(names, batch.plans(), strict=True):
+            self._replicas += len(plan.replicas)
+            self._metrics.add(number, plan)
+            if self._recorder is not None:
+                self._recorder.record(key, number, plan)
 
     @property
     def replicas(self) -> int:
@@ -434,7 +447,8 @@ def _symmetric(config: BalanceConfig, groups: Sequence[tuple[int, ...]], told: S
 
 def _shared(config: BalanceConfig) -> tuple[Any, ...]:
     """The settings that all ranks must share."""
-    return (config.slots, config.node_size, config.min_tokens, config.tolerance_ppm, config.gate, config.transport)
+    own = {"enabled", "record", "record_mib", "allow_untested"}
+    return tuple(value for name, value in dataclasses.asdict(config).items() if name not in own)
 
 
 def detach(model: torch.nn.Module | Sequence[torch.nn.Module]) -> None:

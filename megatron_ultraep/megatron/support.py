@@ -77,6 +77,15 @@ def _local_fusion(layer: Any) -> bool:
     return bool(layer.config.gradient_accumulation_fusion) and not _of_transformer_engine(layer)
 
 
+def _fused_with_bias(layer: Any) -> bool:
+    fused = any(getattr(module, "fuse_wgrad_accumulation", False) for module in layer.experts.modules())
+    return fused and bool(layer.config.add_bias_linear)
+
+
+def _frozen_in_part(layer: Any) -> bool:
+    return len({parameter.requires_grad for parameter in layer.experts.parameters()}) > 1
+
+
 def _sequential_of_transformer_engine(layer: Any) -> bool:
     return isinstance(layer.experts, compat.sequential_mlp_class()) and _of_transformer_engine(layer)
 
@@ -235,6 +244,17 @@ REFUSED: tuple[Refusal, ...] = (
         "gradient accumulation fusion in local linear layers",
         _local_fusion,
         "gradient_accumulation_fusion is tested with Transformer Engine alone: turn it off",
+    ),
+    Refusal(
+        "fused weight gradients of experts with bias",
+        _fused_with_bias,
+        "kernels that accumulate weight gradients leave those of biases to others: turn off "
+        "gradient_accumulation_fusion or add_bias_linear",
+    ),
+    Refusal(
+        "experts frozen in part",
+        _frozen_in_part,
+        "some parameters of the experts are frozen and some are not: train all or none",
     ),
     Refusal(
         "multi-token prediction layers",

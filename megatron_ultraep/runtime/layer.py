@@ -64,6 +64,7 @@ class Call:
     """One forward of one layer, until its backward is over."""
 
     planned: Planned
+    trained: bool = True  # home parameters get gradients
     # Identifies what lies in the slots; compared by identity.
     token: object = field(default_factory=object)
 
@@ -128,6 +129,7 @@ class LayerBalancer:
         self._token = torch.zeros((), device=pool.shape.device, requires_grad=True)
         self._aliases: tuple[torch.Tensor, ...] | None = None
         self._link = _Link()
+        self._trained = True
         self._call: Call | None = None
         self._combining: Call | None = None
 
@@ -139,7 +141,8 @@ class LayerBalancer:
         self._link = _Link()
         # Frozen experts have no gradients, and nor have their replicas.
         trained = list(map(_requires_grad, self._parameters))
-        token = self._token if any(trained) else self._token.detach()
+        self._trained = any(trained)
+        token = self._token if self._trained else self._token.detach()
         self._link.direct = (
             self.early and self.experts.fused_gradients and all(trained) and self._main_gradients() is not None
         )
@@ -164,7 +167,7 @@ class LayerBalancer:
             self.begin()
         self.experts.before_reading()
         planned = self.planner.plan(routing_map, self.transport, self.pool)
-        self._call = self._combining = Call(planned)
+        self._call = self._combining = Call(planned, self._trained)
         self._place(self._call)
         self.observe(planned)
         return self.planner.reroute(planned, probs, routing_map)
@@ -225,6 +228,9 @@ class LayerBalancer:
         self._place(call)
         with self.watch("weights, backward"):
             self.transport.await_placed(call.planned, self.pool)
+            if not call.trained:
+                self.transport.weights_sent(self.pool)
+                return
             self.transport.before_gradients(
                 call.planned, self.pool, self._gradient_dtype(), accumulate=self.experts.fused_gradients
             )
@@ -279,6 +285,8 @@ class LayerBalancer:
             self._begin_home(link, homes)  # type: ignore[arg-type]
         with self.watch("gradients, end"):
             self.transport.await_home(self.pool)
+        self._gradients.tensors = ()  # or gradients of a model without DDP would live on here
+        link.sent, link.slots = False, None
         return homes
 
     def _gradient_dtype(self) -> torch.dtype:
@@ -293,7 +301,7 @@ class LayerBalancer:
             flat: what the experts are given.
             homes: home parameters whose aliases the first of ``flat`` are.
         """
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not self._trained:
             return
         for parameter, alias in zip(homes, flat, strict=False):
             if hasattr(parameter, "main_grad"):

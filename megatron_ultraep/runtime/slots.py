@@ -122,16 +122,16 @@ class SlotPool:
         self._staging = staging
         self._allocate = allocate
         self.weights = Buffers(shape, slots, shape.dtype, allocate)
-        self._gradients: Buffers | None = None
+        self._gradients: dict[torch.dtype, Buffers] = {}
         self._received: Buffers | None = None
         # Whose replicas lie in the weight slots; the same on all ranks of the group, because all place in one order.
         self.holder: object | None = None
 
     def gradients(self, dtype: torch.dtype) -> Buffers:
         """Gradient slots: what replicas on this rank send home. The first call of a dtype allocates."""
-        if self._gradients is None or self._gradients.flat.dtype != dtype:
-            self._gradients = Buffers(self.shape, self.slots, dtype, self._allocate)
-        return self._gradients
+        if dtype not in self._gradients:
+            self._gradients[dtype] = Buffers(self.shape, self.slots, dtype, self._allocate)
+        return self._gradients[dtype]
 
     def received(self, dtype: torch.dtype) -> Buffers:
         """Staging: where gradients of other ranks' replicas arrive, for transports that cannot read them in place."""
@@ -142,4 +142,4 @@ class SlotPool:
     @property
     def bytes(self) -> int:
         """Memory taken so far."""
-        return sum(b.bytes for b in (self.weights, self._gradients, self._received) if b is not None)
+        return sum(b.bytes for b in (self.weights, self._received, *self._gradients.values()) if b is not None)

@@ -107,7 +107,8 @@ class SymmetricPool(SlotPool):
         self.place_call = self.reduce_call = 0
         self.freed = 0  # the call whose FREE has been told
         self.clear: Callable[[], None] | None = None  # what is left to do once gradients are taken home
-        self.overwritten = False  # gradient slots hold what was not accumulated
+        self.overwritten: set[torch.dtype] = set()  # gradient slots that hold what was not accumulated
+        self.unawaited: Planned | None = None  # placed, but nobody has waited for it
         self.kept_for_placing: Any = None
         self.kept_for_summing: Any = None
         self._layouts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -171,6 +172,7 @@ class SymmetricTransport:
 
     def gather_loads(self, loads: torch.Tensor, pool: SlotPool) -> torch.Tensor:
         assert isinstance(pool, SymmetricPool)
+        self._settle(pool)
         pool.freed = pool.place_call + 1
         if self._loads is not None:
             self._announce(pool, _FREE, pool.freed)
@@ -189,9 +191,11 @@ class SymmetricTransport:
 
     def place(self, planned: Planned, pool: SlotPool, homes: Homes) -> None:
         assert isinstance(pool, SymmetricPool)
+        self._settle(pool)
         if pool.kept_for_placing is not None:
             self.weights_sent(pool)
         pool.place_call += 1
+        pool.unawaited = planned
         if pool.freed != pool.place_call:
             pool.freed = pool.place_call
             self._announce(pool, _FREE, pool.place_call)
@@ -214,7 +218,13 @@ class SymmetricTransport:
 
     def await_placed(self, planned: Planned, pool: SlotPool) -> None:
         assert isinstance(pool, SymmetricPool)
+        pool.unawaited = None
         self._launch("await_placed", pool, *self._replicas(planned), pool.place_call, *self._patience)
+
+    def _settle(self, pool: SymmetricPool) -> None:
+        """Wait for weights that a forward which was given up has not waited for, before slots are free again."""
+        if pool.unawaited is not None:
+            self.await_placed(pool.unawaited, pool)
 
     def weights_sent(self, pool: SlotPool) -> None:
         assert isinstance(pool, SymmetricPool)
@@ -226,9 +236,9 @@ class SymmetricTransport:
         gradients = pool.gradients(dtype)  # zeros at first, and again after what was accumulated has been taken
         self._clear(pool)
         pool.summing.join()
-        if accumulate and pool.overwritten:
+        if accumulate and dtype in pool.overwritten:
             gradients.flat.zero_()
-            pool.overwritten = False
+            pool.overwritten.discard(dtype)
         pool.kept_for_summing = None
 
     def send_home(
@@ -261,7 +271,8 @@ class SymmetricTransport:
             stream=pool.summing.raw,
         )
         zero = int(slots is None)
-        pool.overwritten = slots is not None
+        if slots is not None:
+            pool.overwritten.add(dtype)
 
         def clear() -> None:
             self._launch(

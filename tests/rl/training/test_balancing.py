@@ -124,6 +124,10 @@ def late_join(directory, layout):
     finish = chunk.finish_grad_sync
 
     def finish_late(*arguments, **keywords):
+        # Reduction has begun; let it end, or on a busy machine it may find what comes late.
+        for group in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
+            if group.grad_reduce_handle is not None:
+                group.grad_reduce_handle.wait()
         with torch.no_grad():
             for join in late:
                 join()
