@@ -226,6 +226,17 @@ def frozen_experts(case: Case) -> dict[str, Any]:
     return {"stock": stock, "balanced": run(case, layer), "replicas": balancer.replicas}
 
 
+def frozen_in_part() -> str:
+    """What attach says of experts of which one parameter is frozen."""
+    layer = build(Case())
+    next(layer.experts.parameters()).requires_grad_(False)
+    try:
+        attach(layer, BALANCE)
+    except Unsupported as error:
+        return str(error)
+    return ""
+
+
 def left_alone() -> tuple[bool, bool]:
     """Whether ``enabled=False`` changes nothing, and whether attaching twice is refused."""
     case = Case()

@@ -99,6 +99,10 @@ def test_frozen_experts(ranks):
         assert worst(result["balanced"], result["stock"])[0] <= 1e-12
 
 
+def test_experts_frozen_in_part_are_refused(ranks):
+    assert all("train all or none" in said for said in ranks(2).run(moe.frozen_in_part))
+
+
 def test_not_enabled_leaves_no_hook_and_twice_is_refused(ranks):
     assert ranks(2).run(moe.left_alone) == [(True, True)] * 2
 

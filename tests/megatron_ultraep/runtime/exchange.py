@@ -128,6 +128,21 @@ def exchange_many(name, layout, seeds, *, delays_ns=0, seed=0, **more):
     return wrong
 
 
+def given_up(name, layout):
+    """A forward that ended between placing and waiting, then calls as usual; everything that is wrong in them."""
+    rank = Rank(name, layout)
+    pick = random.Random(rank.rank)
+    rank.transport.disturb = lambda kernel: pick.randrange(3_000_000)
+    wrong = []
+    for number in range(6):
+        loads = torch.zeros(layout.experts, dtype=torch.int64, device=rank.shape.device)
+        rank.transport.gather_loads(loads, rank.pool)
+        rank.transport.place(plan_of(layout, random_replicas(layout, 100 + number)), rank.pool, rank.weights)
+        wrong += rank.call(number, random_replicas(layout, number), accumulate=True)
+    rank.close()
+    return wrong
+
+
 def unordered_sums(name, layout, delays_ns, seed):
     """Bits of home gradients whose sum depends on its order."""
     rank = Rank(name, layout)

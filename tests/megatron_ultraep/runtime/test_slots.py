@@ -40,6 +40,13 @@ def test_a_pool_allocates_once():
     assert pool.bytes == pool.weights.bytes + gradients.bytes + received.bytes
 
 
+def test_gradients_of_another_dtype_do_not_replace_the_first():
+    pool = SlotPool(SHAPE, 2, staging=2)
+    first = pool.gradients(torch.float32)
+    pool.gradients(torch.bfloat16)  # a layer of the same shape whose experts are frozen
+    assert pool.gradients(torch.float32) is first
+
+
 def test_parameters_of_several_dtypes_are_refused():
     with pytest.raises(ValueError, match="share dtype and device"):
         ExpertShape.of(["a", "b"], [torch.zeros(2), torch.zeros(2, dtype=torch.float64)])

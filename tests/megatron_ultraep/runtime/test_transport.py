@@ -63,6 +63,10 @@ def test_late_ranks(device_ranks, seed):
     assert late == [[], []]
 
 
+def test_forwards_that_were_given_up(device_ranks):
+    assert device_ranks(2).run(exchange.given_up, "symmetric", layout_of(2, 4, 2)) == [[], []]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_gradient_dtypes(device_ranks, dtype):
     weights = {torch.float64: torch.float32, torch.float16: torch.float16}.get(dtype, torch.bfloat16)
