@@ -140,6 +140,11 @@ class SlotPool:
         return self._received
 
     @property
+    def buffers(self) -> tuple[Buffers, ...]:
+        """What has been allocated so far."""
+        return tuple(b for b in (self.weights, self._received, *self._gradients.values()) if b is not None)
+
+    @property
     def bytes(self) -> int:
         """Memory taken so far."""
-        return sum(b.bytes for b in (self.weights, self._received, *self._gradients.values()) if b is not None)
+        return sum(buffers.bytes for buffers in self.buffers)

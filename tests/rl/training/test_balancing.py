@@ -181,10 +181,7 @@ def what_others_see(directory, layout, balance, path):
 
 def buffers(worker):
     """All slot buffers of a worker."""
-    found = []
-    for pool in worker.balancer._pools.values():
-        found += [b for b in (pool.weights, pool._gradients, pool._received) if b is not None]
-    return found
+    return [buffers for pool in worker.balancer._pools.values() for buffers in pool.buffers]
 
 
 def trained_after(directory, layout, balance, path):
