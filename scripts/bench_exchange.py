@@ -37,8 +37,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from megatron_ultraep.runtime import symmetric  # noqa: E402
-from scripts.bench_exchange_rank import Options, Results, Row, measure  # noqa: E402
-from scripts.bench_results import hardware, write  # noqa: E402
+from scripts.bench_exchange_rank import measure  # noqa: E402
+from scripts.bench_exchange_rows import Options, Results, Row  # noqa: E402
+from scripts.bench_results import write  # noqa: E402
+from scripts.machine import hardware  # noqa: E402
 
 EXPERT, TINY = ((4096, 3072), (1536, 4096)), ((64, 48), (24, 64))
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -40,6 +39,7 @@ from megatron_ultraep.layout import ExpertLayout  # noqa: E402
 from megatron_ultraep.plan import Costs, Plan, PlanSettings, solve  # noqa: E402
 from megatron_ultraep.plan.generator import draw_routes, expert_weights, simulate  # noqa: E402
 from megatron_ultraep.runtime import reroute as reference  # noqa: E402
+from scripts.machine import hardware  # noqa: E402
 
 SOURCE = 0  # the rank whose tokens are rerouted
 SLOTS = 2
@@ -385,16 +385,6 @@ def print_row(row: Row) -> None:
     )
 
 
-def hardware() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": cpu, "cores": os.cpu_count(), "gpus": gpus, "cuda": torch.version.cuda}
-
-
 def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
@@ -436,7 +426,7 @@ def main() -> int:
     )
     if arguments.json:
         document = {
-            "hardware": hardware(),
+            "hardware": hardware() | {"cuda": torch.version.cuda},
             "versions": versions(),
             "limits": asdict(limits),
             "rows": [asdict(row) | {"kept": row.kept} for row in rows],

@@ -30,11 +30,6 @@ sys.path.insert(0, str(ROOT))
 
 from scripts import bench_common  # noqa: E402
 
-NOTES = (
-    "Measured. balanced is the ideal: nothing that keeps the number of tokens does better.\n"
-    "Where balancing does not help: at an imbalance of 1 ours can only lose what planning takes."
-)
-
 
 def make(shape: Any) -> Any:
     """Build the layer on a rank."""
@@ -65,7 +60,7 @@ def main(arguments: list[str] | None = None, pools: Any = None) -> int:
         warmup=5,
         bar=transformer_layer_bar if given.transformer_layer else layer_bar,
         memory=False,
-        notes=NOTES,
+        notes=bench_common.NOTES,
         pools=pools,
     )
 

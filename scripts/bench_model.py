@@ -25,11 +25,6 @@ sys.path.insert(0, str(ROOT))
 
 from scripts import bench_common  # noqa: E402
 
-NOTES = (
-    "Measured. balanced is the ideal: nothing that keeps the number of tokens does better.\n"
-    "Where balancing does not help: at an imbalance of 1 ours can only lose what planning takes."
-)
-
 
 def make(shape: Any) -> Any:
     """Build model and optimizer on a rank."""
@@ -55,7 +50,9 @@ def main(arguments: list[str] | None = None, pools: Any = None) -> int:
     shapes = bench_common.shapes(
         given, ("32x4",), kind="model", layers=layers, micro_batches=given.micro_batches, draws=2
     )
-    return bench_common.run(bench_model.make, given, shapes, warmup=2, bar=bar, memory=True, notes=NOTES, pools=pools)
+    return bench_common.run(
+        bench_model.make, given, shapes, warmup=2, bar=bar, memory=True, notes=bench_common.NOTES, pools=pools
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import sys
@@ -26,10 +25,14 @@ import numba
 import numpy as np
 import scipy
 
-from megatron_ultraep.layout import ExpertLayout
-from megatron_ultraep.plan import Costs, PlanSettings, comparators, solve
-from megatron_ultraep.plan.comparators import Balance
-from megatron_ultraep.plan.generator import simulate
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from megatron_ultraep.layout import ExpertLayout  # noqa: E402
+from megatron_ultraep.plan import Costs, PlanSettings, comparators, solve  # noqa: E402
+from megatron_ultraep.plan.comparators import Balance  # noqa: E402
+from megatron_ultraep.plan.generator import simulate  # noqa: E402
+from scripts.machine import hardware  # noqa: E402
 
 MOST_OVER_BOUND = 1.010
 FLOOR = 1024
@@ -218,15 +221,6 @@ def print_large() -> None:
             )
 
 
-def hardware() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads_used": 1}
-
-
 def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
@@ -253,7 +247,7 @@ def main() -> int:
     print("\n".join(missed))
     if arguments.json:
         kept = [r for r in rows if r["method"] in METHODS and r["imbalance"] in IMBALANCES]
-        document = {"rows": kept, "hardware": hardware(), "versions": versions()}
+        document = {"rows": kept, "hardware": hardware() | {"threads_used": 1}, "versions": versions()}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return 1 if missed else 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -172,16 +171,3 @@ def versions() -> dict[str, str]:
             except importlib.metadata.PackageNotFoundError:
                 found[name] = "none"
     return found
-
-
-def hardware() -> dict[str, Any]:
-    """CPU and GPUs of this machine."""
-    import torch
-
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [text.split(":", 1)[1].strip() for text in info.read_text().splitlines() if "model name" in text]
-        model = names[0] if names else model
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"cpu": model, "cores": os.cpu_count(), "gpus": gpus}

@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("PYTHONWARNINGS", "ignore")  # Megatron's, once per rank and model
 
-from scripts.check_parity import hardware  # noqa: E402
+from scripts.machine import hardware  # noqa: E402
 from tests.ranks import RankPools  # noqa: E402
 from tests.rl.training.balancing import BALANCE, biased_model, merge_steps, several_steps  # noqa: E402
 from tests.rl.training.common import megatron_version, worst  # noqa: E402

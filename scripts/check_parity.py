@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("PYTHONWARNINGS", "ignore")  # Megatron's, once per rank and model
 
+from scripts.machine import hardware  # noqa: E402
 from tests.ranks import RankPools  # noqa: E402
 from tests.rl.training.common import megatron_version, merge, one_step, worst  # noqa: E402
 
@@ -129,18 +130,6 @@ def table(rows: list[Row]) -> str:
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
         for line in [header, tuple("-" * w for w in widths), *lines]
     )
-
-
-def hardware() -> dict[str, Any]:
-    import psutil
-
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        names = [
-            x.split(":", 1)[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x
-        ]
-        model = names[0] if names else model
-    return {"cpu": model, "cores": os.cpu_count(), "memory_gib": round(psutil.virtual_memory().total / 2**30)}
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from scripts import bench_exchange
-from scripts.bench_exchange_rank import Overlap, Row, cases
+from scripts.bench_exchange_rows import Overlap, Row, cases
 
 
 def test_runs(ranks, tmp_path, capsys):

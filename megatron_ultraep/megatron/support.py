@@ -143,8 +143,17 @@ TESTED: tuple[Tested, ...] = (
         f"{_TRAINING}[ep2xdp2, distributed optimizer, overlapped]",
     ),
     Tested("fused weight-gradient accumulation (Transformer Engine, 2 GPUs)", _GPU),
+    Tested(
+        "fused accumulation where home parameters enter the experts themselves (CPUs, with made-up kernels)",
+        "tests/megatron_ultraep/runtime/test_layer.py::test_gradients[fused, home parameters themselves]",
+    ),
     Tested("fused permutation (Transformer Engine, 2 GPUs)", _GPU),
-    Tested("symmetric memory and planning on the device: all layers above", f"{_LAYER}[top-2-symmetric]"),
+    Tested(
+        "symmetric memory and planning on the device: all layers above (one node on 2 GPUs; several on CPUs alone)",
+        f"{_LAYER}[top-2-symmetric]",
+    ),
+        f"{_LAYER}[top-2-symmetric]",
+    ),
     Tested("routing replay", f"{_TRAINING}[distributed optimizer, overlapped]"),
     Tested(
         "checkpoints written with and without balancing load either way",

@@ -207,22 +207,22 @@ class LayerBalancer:
             self.transport.await_placed(call.planned, self.pool)
         output = self.experts(weights, *inputs)
         self.transport.weights_sent(self.pool)
-        marked: torch.Tensor = _BeforeExpertsBackward.apply(self, call, output)  # type: ignore[no-untyped-call]
-        return marked
+        return _when_backward_comes(lambda: self._before_backward(call), output)
 
     def combined(self, output: torch.Tensor) -> torch.Tensor:
         """Mark the combined output of the last :meth:`route`, so that weights travel beside the combine's backward."""
         call, self._combining = self._combining, None
-        if call is None:
-            return output
-        marked: torch.Tensor = _BeforeCombineBackward.apply(self, call, output)  # type: ignore[no-untyped-call]
-        return marked
+        return output if call is None else _when_backward_comes(lambda: self._place_again(call), output)
 
     def _place(self, call: Call) -> None:
         """Start to fill the slots with the replicas of this call, unless they hold them still."""
         if self.pool.holder is not call.token:
             self.pool.holder = call.token
             self.transport.place(call.planned, self.pool, self._weights)
+
+    def _place_again(self, call: Call) -> None:
+        with self.watch("weights, again"):
+            self._place(call)
 
     def _before_backward(self, call: Call) -> None:
         self._place(call)
@@ -352,30 +352,20 @@ class _Slots(torch.autograd.Function):
         return (None, None, ctx.token)
 
 
-class _BeforeExpertsBackward(torch.autograd.Function):
-    """Marks where the backward of the experts begins."""
+class _WhenBackwardComes(torch.autograd.Function):
+    """Passes a tensor on; when its gradient comes, something is done first."""
 
     @staticmethod
-    def forward(ctx: Any, layer: LayerBalancer, call: Call, output: torch.Tensor) -> torch.Tensor:
-        ctx.layer, ctx.call = layer, call
+    def forward(ctx: Any, do: Callable[[], None], output: torch.Tensor) -> torch.Tensor:
+        ctx.do = do
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, torch.Tensor]:
-        ctx.layer._before_backward(ctx.call)
-        return None, None, gradient
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:
+        ctx.do()
+        return None, gradient
 
 
-class _BeforeCombineBackward(torch.autograd.Function):
-    """Marks where the backward of the combine begins."""
-
-    @staticmethod
-    def forward(ctx: Any, layer: LayerBalancer, call: Call, output: torch.Tensor) -> torch.Tensor:
-        ctx.layer, ctx.call = layer, call
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, None, torch.Tensor]:
-        with ctx.layer.watch("weights, again"):
-            ctx.layer._place(ctx.call)
-        return None, None, gradient
+def _when_backward_comes(do: Callable[[], None], output: torch.Tensor) -> torch.Tensor:
+    marked: torch.Tensor = _WhenBackwardComes.apply(do, output)  # type: ignore[no-untyped-call]
+    return marked
