@@ -152,8 +152,6 @@ TESTED: tuple[Tested, ...] = (
         "symmetric memory and planning on the device: all layers above (one node on 2 GPUs; several on CPUs alone)",
         f"{_LAYER}[top-2-symmetric]",
     ),
-        f"{_LAYER}[top-2-symmetric]",
-    ),
     Tested("routing replay", f"{_TRAINING}[distributed optimizer, overlapped]"),
     Tested(
         "checkpoints written with and without balancing load either way",
