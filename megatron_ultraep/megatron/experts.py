@@ -45,6 +45,7 @@ class PhysicalExperts:
             self._twin, self._places, names = _grouped(experts, slots)
         else:
             raise ValueError(f"expected SequentialMLP or TEGroupedMLP experts, got {type(experts).__name__}")
+        self._linears = [m for m in self._twin.children() if hasattr(m, "num_gemms")]
         self._owners = [module for module in experts.modules() if module._parameters]
         owned = dict(experts.named_parameters())
         self.home_parameters: list[Parameters] = [[owned[name] for name in expert] for expert in names]
@@ -64,18 +65,24 @@ class PhysicalExperts:
         """Megatron's forward of the experts.
 
         Args:
-            weights: ``[L + R][parameters of an expert]``.
-            inputs: what the stock module takes: tokens, tokens per expert, probs.
+            weights: ``[n][parameters of an expert]``, ``L <= n <= L + R``: of homes and of the first slots. What there
+                are no weights of has no tokens.
+            inputs: what the stock module takes: tokens, tokens per expert ``[L + R]``, probs.
 
         Raises:
             RuntimeError: experts that return a bias, which the dispatcher could not combine.
         """
+        hidden, tokens, probs = inputs
+        count = len(weights)
         self._twin.train(self._stock.training)
-        for places, parameters in zip(self._places, weights, strict=True):
+        self._twin.num_local_experts = count
+        for linear in self._linears:
+            linear.num_gemms = count
+        for places, parameters in zip(self._places, weights, strict=False):
             for (module, name), tensor in zip(places, parameters, strict=True):
                 module.__dict__[name] = tensor
         try:
-            output, bias = self._twin(*inputs)
+            output, bias = self._twin(hidden, tokens[:count], probs)
         finally:
             # The graph keeps what backward needs; anything kept here would keep the graph.
             for places in self._places:

@@ -21,6 +21,8 @@ Invariants (asserted by the tests of this file and by the parity tests):
    them, and only then hands home gradients on; so nobody (DDP's buckets, hooks) sees a home gradient without its
    replicas' share. Autograd runs what was made last first, so the wait comes after the backward of all that the layer
    computed in between. Where nobody looks before backward has ended, the wait alone is made (``early``).
+4. Once the host knows the plan (``Planned.filled``), which all ranks come to know alike, nothing is done that the plan
+   does not need: no slot is computed that is empty, and without replicas nothing travels in either direction.
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ class Call:
 
     planned: Planned
     trained: bool = True  # home parameters get gradients
+    idle: bool = False  # the host knows that no rank has a replica: nothing travels
     # Identifies what lies in the slots; compared by identity.
     token: object = field(default_factory=object)
 
@@ -198,11 +201,19 @@ class LayerBalancer:
         token, *homes = aliases
         link = self._link
         link.call = call
-        flat = (*homes, *_Slots.apply(self, link, token))  # type: ignore[no-untyped-call]
+        filled = call.planned.filled
+        call.idle = filled is not None and not filled.replicas
+        # One slot at least where the group has replicas: its node in the graph is what joins the exchange in backward.
+        slots = 0 if call.idle else self.pool.slots if filled is None else max(1, filled.slots)
+        aliases_of_slots = _Slots.apply(self, link, token, slots) if slots else ()  # type: ignore[no-untyped-call]
+        flat = (*homes, *aliases_of_slots)
         width = len(self.pool.shape.names)
         weights = [flat[i : i + width] for i in range(0, len(flat), width)]
         if self.experts.fused_gradients:
             self._prepare_fused(flat, () if link.direct else self._parameters)
+        if call.idle:
+            self.transport.nothing_placed(self.pool)
+            return self.experts(weights, *inputs)
         with self.watch("weights, forward"):
             self.transport.await_placed(call.planned, self.pool)
         output = self.experts(weights, *inputs)
@@ -212,7 +223,7 @@ class LayerBalancer:
     def combined(self, output: torch.Tensor) -> torch.Tensor:
         """Mark the combined output of the last :meth:`route`, so that weights travel beside the combine's backward."""
         call, self._combining = self._combining, None
-        return output if call is None else _when_backward_comes(lambda: self._place_again(call), output)
+        return output if call is None or call.idle else _when_backward_comes(lambda: self._place_again(call), output)
 
     def _place(self, call: Call) -> None:
         """Start to fill the slots with the replicas of this call, unless they hold them still."""
@@ -240,10 +251,12 @@ class LayerBalancer:
 
         Args:
             link: of this forward.
-            slots: gradients of the slots' weights, slot by slot; ignored where accumulation is fused.
+            slots: gradients of the slots' weights, slot by slot, of the first slots; ignored where accumulation is
+                fused.
         """
         self.transport.weights_sent(self.pool)
-        link.slots = slots
+        missing = self.pool.slots * len(self.pool.shape.names) - len(slots)
+        link.slots = (*slots, *(None,) * missing)
         targets = self._main_gradients()
         if targets is not None:  # else home gradients are on their way through autograd
             self._begin_home(link, targets)
@@ -275,6 +288,8 @@ class LayerBalancer:
         Returns:
             what to hand on: the same, or where replicas' gradients do not go to ``main_grad``, a copy with their share.
         """
+        if link.call is not None and link.call.idle:
+            return homes
         if link.slots is None and not link.sent:  # no slot was used here, but other ranks may wait for this one
             self._send_home(link, [None] * (self.pool.slots * len(self.pool.shape.names)))
         if not link.sent:
@@ -310,7 +325,7 @@ class LayerBalancer:
         gradients = self.pool.gradients(self._gradient_dtype())
         replicas = flat[len(self._parameters) :]
         buffers = [buffer for slot in range(self.pool.slots) for buffer in gradients[slot]]
-        for alias, buffer in zip(replicas, buffers, strict=True):
+        for alias, buffer in zip(replicas, buffers, strict=False):
             alias.main_grad = buffer  # type: ignore[attr-defined]
             alias.grad_added_to_main_grad = False  # type: ignore[attr-defined]
 
@@ -341,15 +356,17 @@ class _Slots(torch.autograd.Function):
     """Aliases of slots; backward sends the replicas' gradients home."""
 
     @staticmethod
-    def forward(ctx: Any, layer: LayerBalancer, link: _Link, token: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, layer: LayerBalancer, link: _Link, token: torch.Tensor, slots: int
+    ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.layer, ctx.link, ctx.token = layer, link, token.detach()
-        return tuple(alias for slot in range(layer.pool.slots) for alias in layer.pool.weights.aliases(slot))
+        return tuple(alias for slot in range(slots) for alias in layer.pool.weights.aliases(slot))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
         ctx.layer._send_home(ctx.link, gradients)
-        return (None, None, ctx.token)
+        return (None, None, ctx.token, None)
 
 
 class _WhenBackwardComes(torch.autograd.Function):

@@ -10,6 +10,7 @@ Two planners, equal bit for bit:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -28,15 +29,30 @@ from megatron_ultraep.runtime.stopwatch import Stopwatch
 Solver = Callable[[np.ndarray, ExpertLayout], Plan]
 
 
+@dataclass(frozen=True)
+class Filled:
+    """What the host must know of a plan to leave out what the plan does not need.
+
+    Attributes:
+        replicas: of the whole group; where there is none, nothing travels.
+        slots: of this rank, up to its last filled one; the others need not be computed.
+    """
+
+    replicas: int
+    slots: int
+
+
 class Planned(Protocol):
     """One micro-batch of one layer, planned.
 
     Attributes:
         layout: homes, nodes, slots.
         replica_expert: int64 ``[G, R]`` on the device: the logical expert in each slot, -1 for an empty one.
+        filled: None while the host has not learnt it. All ranks learn it, or none does.
     """
 
     layout: ExpertLayout
+    filled: Filled | None
 
     @property
     def replica_expert(self) -> torch.Tensor: ...
@@ -63,6 +79,7 @@ class HostPlanned:
     def __init__(self, plan: Plan, device: torch.device) -> None:
         self.layout = plan.layout
         self.plan = plan
+        self.filled: Filled | None = None
         self._device = device
 
     @cached_property
@@ -85,6 +102,7 @@ class DevicePlanned:
     def __init__(self, layout: ExpertLayout, made: plan_kernel.DevicePlan) -> None:
         self.layout = layout
         self.made = made
+        self.filled: Filled | None = None
 
     @property
     def replica_expert(self) -> torch.Tensor:
@@ -102,6 +120,35 @@ class DevicePlanned:
     @cached_property
     def plan(self) -> Plan:
         return plan_kernel.to_plan(self.layout, self.made.told.cpu().numpy())
+
+
+class Splits:
+    """What a rank's dispatcher counts, from the quotas of a plan. ``W = L + R`` physical experts of a rank.
+
+    Args:
+        planned: the plan.
+        counts: int64 ``[2 G + W + G W + 1]``, where the tokens are: tokens sent to each rank, received from each rank,
+            of each physical expert of this rank, and received for each by source rank ``[G, W]``; then the replicas of
+            the whole group.
+        host: the same on the host.
+        event: of the device, after which ``host`` holds them; None: it does already.
+    """
+
+    def __init__(self, planned: Planned, counts: torch.Tensor, host: torch.Tensor, event: Any = None) -> None:
+        self.counts = counts
+        self._planned, self._host, self._event = planned, host, event
+
+    def on_host(self) -> torch.Tensor:
+        """``counts`` on the host, which waits for them; from now on it knows what is filled."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event, self._host = None, self._host.clone()  # the memory is for the next plan
+        layout = self._planned.layout
+        last = 2 * layout.ranks + layout.experts_per_rank + layout.slots
+        taken = self._host[last - layout.slots : last].tolist()
+        used = max((slot + 1 for slot, tokens in enumerate(taken) if tokens), default=0)
+        self._planned.filled = Filled(int(self._host[-1]), used)
+        return self._host
 
 
 class PlanBatch:
@@ -181,13 +228,8 @@ class Planner(Protocol):
         """
         ...
 
-    def splits(self, planned: Planned) -> torch.Tensor:
-        """What this rank's dispatcher counts, from the quotas of the last plan.
-
-        Returns:
-            int64 ``[2 G + W + G W]`` on the device, with ``W = L + R``: tokens sent to each rank, received from each
-            rank, of each physical expert of this rank, and received for each by source rank ``[G, W]``.
-        """
+    def splits(self, planned: Planned) -> Splits:
+        """What this rank's dispatcher counts, for the last plan of :meth:`plan`."""
         ...
 
 
@@ -222,13 +264,9 @@ class HostPlanner:
             table = torch.from_numpy(reroute.tables(planned.plan, self._source)).to(probs.device)
             return reroute.reroute(probs, routing_map, table, topk=self.topk, physical=_physical(self.layout))
 
-    def splits(self, planned: Planned) -> torch.Tensor:
-        quota, ranks = planned.plan.quota, self.layout.ranks
-        width = quota.shape[1] // ranks
-        sent = quota[self._source].reshape(ranks, width).sum(1)
-        received = quota[:, self._source * width : (self._source + 1) * width]
-        parts = (sent, received.sum(1), received.sum(0), received.ravel())
-        return torch.from_numpy(np.concatenate(parts)).to(planned.replica_expert.device)
+    def splits(self, planned: Planned) -> Splits:
+        host = torch.from_numpy(splits_of(planned.plan, self._source))
+        return Splits(planned, host.to(planned.replica_expert.device, non_blocking=True), host)
 
 
 class DevicePlanner:
@@ -254,6 +292,8 @@ class DevicePlanner:
         self._watch = watch
         self._before: torch.Tensor | None = None
         self._table: torch.Tensor | None = None
+        self._told: torch.Tensor | None = None
+        self._event: Any = None
 
     def plan(self, routing_map: torch.Tensor, gatherer: Gatherer, pool: SlotPool) -> Planned:
         with self._watch("loads"):
@@ -274,14 +314,34 @@ class DevicePlanner:
         with self._watch("reroute"):
             return reroute_kernel.reroute(probs, routing_map, before, table, _physical(self.layout))
 
-    def splits(self, planned: Planned) -> torch.Tensor:
+    def splits(self, planned: Planned) -> Splits:
         assert isinstance(planned, DevicePlanned)
-        quota, ranks = planned.quota, self.layout.ranks
-        width = quota.shape[1] // ranks
-        out = quota.new_empty(2 * ranks + width + ranks * width)
-        library = library_of(quota.device)
-        library("splits", ranks, width, self._source, quota, out, stream=current_stream(quota.device))
-        return out
+        layout, device = self.layout, planned.replica_expert.device
+        width = layout.experts_per_rank + layout.slots
+        size = 2 * layout.ranks + width + layout.ranks * width + 1
+        if self._told is None:
+            self._told = torch.empty(size, dtype=torch.int64, pin_memory=device.type == "cuda")
+            self._event = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        counts = torch.empty(size, dtype=torch.int64, device=device)
+        # The kernel writes to the host's memory itself: no copy, and no other stream.
+        library_of(device)(
+            "splits", layout.ranks, width, layout.slots, self._source, planned.quota, planned.replica_expert, counts,
+            self._told, stream=current_stream(device),
+        )  # fmt: skip
+        if self._event is None:
+            return Splits(planned, counts, counts)
+        self._event.record()
+        return Splits(planned, counts, self._told, self._event)
+
+
+def splits_of(plan: Plan, source: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The counts of :class:`Splits`, int64 ``[2 G + W + G W + 1]``, for a rank of a plan on the host."""
+    quota, ranks = plan.quota, plan.layout.ranks
+    width = quota.shape[1] // ranks
+    sent = quota[source].reshape(ranks, width).sum(1)
+    received = quota[:, source * width : (source + 1) * width]
+    replicas = np.array([np.count_nonzero(plan.replica_expert >= 0)])
+    return np.concatenate((sent, received.sum(1), received.sum(0), received.ravel(), replicas))
 
 
 def _physical(layout: ExpertLayout) -> int:

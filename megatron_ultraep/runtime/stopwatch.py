@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+_NOTHING = nullcontext()
 
 
 class Stopwatch:
@@ -26,12 +28,12 @@ class Stopwatch:
         self._cuda = device.type == "cuda"
         self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
 
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
+    def __call__(self, part: str) -> AbstractContextManager[None]:
         """Time the block as one span of ``part``."""
-        if not self.on:
-            yield
-            return
+        return self._timed(part) if self.on else _NOTHING
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
         start = self._now()
         yield
         self._spans[part].append((start, self._now()))

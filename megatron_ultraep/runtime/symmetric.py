@@ -226,6 +226,10 @@ class SymmetricTransport:
         if pool.unawaited is not None:
             self.await_placed(pool.unawaited, pool)
 
+    def nothing_placed(self, pool: SlotPool) -> None:
+        assert isinstance(pool, SymmetricPool)
+        pool.unawaited = None
+
     def weights_sent(self, pool: SlotPool) -> None:
         assert isinstance(pool, SymmetricPool)
         pool.placing.join()

@@ -95,6 +95,10 @@ class Transport(Protocol):
         """After it, the weights of the last :meth:`place` are in this rank's slots."""
         ...
 
+    def nothing_placed(self, pool: SlotPool) -> None:
+        """The plan of the last :meth:`place` has no replica: neither :meth:`await_placed` nor the rest follows."""
+        ...
+
     def weights_sent(self, pool: SlotPool) -> None:
         """After it, home weights of the last :meth:`place` may change."""
         ...
@@ -166,6 +170,9 @@ class CollectiveTransport:
 
     def await_placed(self, planned: Planned, pool: SlotPool) -> None:
         """Nothing to wait for."""
+
+    def nothing_placed(self, pool: SlotPool) -> None:
+        """Nothing to do."""
 
     def weights_sent(self, pool: SlotPool) -> None:
         """Nothing to wait for."""

@@ -605,8 +605,11 @@ struct Stash {
 // One block: what a dispatcher counts, of one rank's part of a plan's quota `[ranks, ranks * width]`.
 struct Splits {
   const int64* quota;
-  int64* out;  // sent [ranks], received [ranks], tokens of its physical experts [width], received [ranks, width]
-  int ranks, width, source;
+  const int64* replica_expert;  // [ranks, slots]
+  // Sent [ranks], received [ranks], tokens of its physical experts [width], received [ranks, width], replicas of all.
+  int64* out;
+  int64* told;  // the same in memory of the host, or null
+  int ranks, width, slots, source;
 
   ULTRAEP_DEVICE void operator()(Block block, char*) const {
     size_t row = (size_t)ranks * width;
@@ -618,16 +621,33 @@ struct Splits {
         to += sent[(size_t)i * width + place];
         from += received[i * row + place];
       }
-      out[i] = to;
-      out[ranks + i] = from;
+      put(i, to);
+      put(ranks + i, from);
     }
     for (int place = block.rank(); place < width; place += block.size()) {
       int64 tokens = 0;
       for (int rank = 0; rank < ranks; ++rank) tokens += received[rank * row + place];
-      out[2 * ranks + place] = tokens;
+      put(2 * ranks + place, tokens);
     }
     for (int i = block.rank(); i < ranks * width; i += block.size())
-      out[2 * ranks + width + i] = received[i / width * row + i % width];
+      put(2 * ranks + width + i, received[i / width * row + i % width]);
+    if (block.warp() == 0) {
+      Warp warp;
+      int32 replicas = 0;
+      for (int start = 0; start < ranks * slots; start += warp.size()) {
+        const int i = start + warp.rank();
+        int32 found;
+        warp.sum_before(i < ranks * slots && replica_expert[i] >= 0 ? 1 : 0, found);
+        replicas += found;
+      }
+      if (warp.rank() == 0) put(2 * ranks + width + ranks * width, replicas);
+    }
+  }
+
+ private:
+  ULTRAEP_DEVICE void put(int i, int64 value) const {
+    out[i] = value;
+    if (told != nullptr) told[i] = value;
   }
 };
 

@@ -170,8 +170,10 @@ int ultraep_follow(int64_t event, int64_t from, void* stream) {
 #endif
 }
 
-int ultraep_splits(int64_t ranks, int64_t width, int64_t source, void* quota, void* out, void* stream) {
-  Splits kernel{(const int64*)quota, (int64*)out, (int)ranks, (int)width, (int)source};
+int ultraep_splits(int64_t ranks, int64_t width, int64_t slots, int64_t source, void* quota, void* replica_expert,
+                   void* out, void* told, void* stream) {
+  Splits kernel{(const int64*)quota, (const int64*)replica_expert, (int64*)out, (int64*)told,
+                (int)ranks,          (int)width,                   (int)slots,  (int)source};
   int64_t words = ranks * width;
   return launch(kernel, 1, words < 512 ? (int)(words + 31) / 32 * 32 : 512, 0, stream);
 }
