@@ -49,7 +49,7 @@ class BalanceConfig:
     gate: bool = _option(
         True,
         "Make replicas only where the tokens taken off the busiest rank save more time than copying weights and "
-        "gradients takes. False: balance always.",
+        "gradients costs. False: balance always.",
     )
     token_ns: int = _option(
         0,
@@ -57,7 +57,10 @@ class BalanceConfig:
         metavar="NS",
     )
     copy_ns_per_mib: int = _option(
-        0, "Time to copy 1 MiB from rank to rank inside a node (ns). 0: measured at attach.", metavar="NS"
+        0,
+        "Time that computing is held up by 1 MiB on its way from rank to rank inside a node (ns): less than the way "
+        "takes where it is travelled beside computing. 0: measured at attach.",
+        metavar="NS",
     )
     transport: TransportName = _option(  # noqa: RUF009 - it is dataclasses.field
         "auto",

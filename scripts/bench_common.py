@@ -52,6 +52,7 @@ class Options:
     trace: str
     profile: str
     seed: int
+    reduction: bool
 
 
 def measure(make: Callable[[Any], Any], shape: Any, options: Options, file: str, document: dict[str, Any]) -> list[Row]:
@@ -167,10 +168,24 @@ class _Rounds:
         balancer.timings(True)
         self.bench.block(routes, iterations=min(5, self.options.iterations), warmup=1, balancer=balancer)
         return {
+            "reduction": self._reduction(routes, balancer) if self.options.reduction else {},
             "gate": gate,
             "exposed_us": {n: round(us, 2) for n, us in largest_of_ranks(balancer.timings(False)).items()},
             "slot_gib": largest_of_ranks({"slots": balancer.slot_bytes / GIB})["slots"],
         }
+
+    def _reduction(self, routes: Any, balancer: Any) -> dict[str, float]:
+        """What the way home of replicas' gradients adds to a backward, in turns with backwards that do without."""
+        from scripts.bench_rank import gradients_stay
+
+        rounds, iterations = self.options.rounds, -(-self.options.iterations // self.options.rounds)
+        sent, stayed = [], []
+        for _ in range(rounds):
+            sent += self.bench.backward(routes, iterations=iterations)
+            with gradients_stay(balancer.transport):
+                stayed += self.bench.backward(routes, iterations=iterations)
+        with_ms, without_ms = statistics.median(sent), statistics.median(stayed)
+        return {"backward_ms": with_ms, "without_ms": without_ms, "share": with_ms / without_ms - 1}
 
     def rows(self, layout: str, ranks: int, imbalance: float, routes: Any, balanced: Any) -> list[Row]:
         """The rows of this imbalance, in the order of ``METHODS``."""
@@ -209,6 +224,7 @@ def _fill(row: Row, blocks: list[Any], details: dict[str, Any]) -> None:
     row.replicas = round(mean["moe/replicas/mean"], 2)
     skipped = {name.rpartition("/")[2]: share for name, share in mean.items() if name.startswith("moe/skipped/")}
     row.skipped = {name: round(share, 3) for name, share in skipped.items() if share}
+    row.reduction = details["reduction"]
     row.gate, row.exposed_us, row.slot_gib = details["gate"], details["exposed_us"], details["slot_gib"]
 
 
@@ -350,6 +366,7 @@ def run(
         trace=arguments.trace,
         profile=arguments.trace_profile,
         seed=arguments.seed,
+        reduction=getattr(arguments, "reduction", False),
     )
     settings = dataclasses.asdict(options) | {"trace": Path(arguments.trace).name}
     del settings["profile"]

@@ -6,11 +6,12 @@ router, the probabilities and their gradients are real. Keys are set once and us
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from megatron_ultraep.replay.trace import RoutingTrace
 from scripts.bench_subject import Keys, Shape, Subject, device, synchronize
 
 GIB = 2**30
+_STANDSTILL = 40_000_000  # cycles: 20 to 30 ms, more than the host takes to queue the backward of a layer
 
 
 @dataclass(frozen=True)
@@ -150,11 +152,11 @@ class Bench:
         if balancer is not None:
             balancer.metrics()
         metrics.clear()
-        synchronize()
-        dist.barrier()
-        synchronize()
         gc.collect()
         gc.disable()  # as jobs do that time their collections; a pause on one rank is one on all
+        synchronize()
+        dist.barrier()  # behind the collection, whose length differs from rank to rank
+        synchronize()
         marks = [_mark()]
         for iteration in range(iterations):
             run(iteration)
@@ -171,6 +173,38 @@ class Bench:
         dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         *times, used = mine.tolist()
         return Block(times, used if torch.cuda.is_available() else None, metrics)
+
+
+    def backward(self, routes: Routes, *, iterations: int) -> list[float]:
+        """Times of the backward alone, of each iteration, on the slowest rank (ms); ranks meet before each."""
+        subject: Any = self.subject
+        times = []
+        for iteration in range(iterations + 2):
+            output = subject.forward(routes.keys[iteration % len(routes.keys)])
+            synchronize()
+            dist.barrier()
+            synchronize()
+            if torch.cuda.is_available():  # the host queues the backward while the device stands still
+                torch.cuda._sleep(_STANDSTILL)  # type: ignore[no-untyped-call]
+            start = _mark()
+            output.backward(subject.gradient)
+            end = _mark()
+            synchronize()
+            times.append(_ms(start, end))
+        slowest = torch.tensor(times[2:], dtype=torch.float64, device=device())
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        return [float(ms) for ms in slowest.tolist()]
+
+
+@contextlib.contextmanager
+def gradients_stay(transport: Any) -> Iterator[None]:
+    """Replicas' gradients are not sent home: what a backward takes without that. Its gradients are wrong."""
+    transport.send_home = lambda *_: None
+    transport.await_home = lambda *_: None
+    try:
+        yield
+    finally:
+        del transport.send_home, transport.await_home
 
 
 def device_gib() -> float | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 EASY = 1.1  # up to here there is hardly anything to gain: ours is compared with stock
 MEMORY_SHARE = 0.02
+MOST_REDUCTION = 0.01  # of a transformer layer's backward, at an imbalance of 2
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Row:
         device_gib: see :class:`scripts.bench_rank.Bench`.
         exposed_us: of ours, mean time of a layer's call that each part of balancing held up (us), on the slowest rank.
         gate: the constants it was given: a token (ns), a replica (us).
+        reduction: of ours, a backward with and without the way home of replicas' gradients (ms), and the share it adds.
     """
 
     layout: str
@@ -47,6 +49,7 @@ class Row:
     skipped: dict[str, float] = field(default_factory=dict)
     exposed_us: dict[str, float] = field(default_factory=dict)
     gate: dict[str, float] = field(default_factory=dict)
+    reduction: dict[str, float] = field(default_factory=dict)
 
 
 class Report:
@@ -103,6 +106,11 @@ def line(row: Row) -> str:
         text += "  left alone: " + ", ".join(f"{name} {share:.0%}" for name, share in row.skipped.items())
     if row.gate:
         text += "\n" + " " * 20 + "gate: " + ", ".join(f"{name} {value:.1f}" for name, value in row.gate.items())
+    if row.reduction:
+        text += "\n" + " " * 20 + (
+            f"gradients' way home: backward {row.reduction['backward_ms']:.3f} ms, without it "
+            f"{row.reduction['without_ms']:.3f} ms, adds {row.reduction['share']:.2%}"
+        )
     if row.exposed_us:
         text += "\n" + " " * 20 + "exposed us: " + "; ".join(f"{n} {us:.1f}" for n, us in row.exposed_us.items())
     return text
@@ -132,6 +140,12 @@ def missed_bars(rows: list[Row], bar: Callable[[float], float], *, memory: bool)
                     missed.append(f"{where}: {stock[row.imbalance].ms / row.ms:.3f} of stock, the bar is 0.99")
             elif row.fraction_of_balanced is not None and not row.fraction_of_balanced >= bar(row.imbalance):
                 missed.append(f"{where}: {row.fraction_of_balanced:.3f} of balanced, the bar is {bar(row.imbalance)}")
+        missed += [
+            f"{layout}, imbalance {row.imbalance:g}: gradients' way home adds {row.reduction['share']:.2%} to the "
+            f"backward, the bar is {MOST_REDUCTION:.0%}"
+            for row in ours
+            if "transformer" in layout and row.imbalance == 2 and row.reduction.get("share", 0.0) > MOST_REDUCTION
+        ]
         verdict = memory_verdict(these)
         if memory and verdict is not None and not verdict[0]:
             missed.append(f"{layout}: {verdict[1]}")

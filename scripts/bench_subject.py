@@ -204,6 +204,10 @@ class Layer(Subject):
         self.gradient = torch.randn(size, generator=self.generator, device=device(), dtype=dtype)
 
     def __call__(self, keys: Keys) -> None:
+        self.forward(keys).backward(self.gradient)
+
+    def forward(self, keys: Keys) -> torch.Tensor:
+        """The output, whose backward with ``gradient`` is the other half of an iteration."""
         self.hidden.grad = None
         with microbatch.micro_batch(keys[0]):
             if self.shape.kind == "layer":
@@ -211,7 +215,7 @@ class Layer(Subject):
             else:  # a pipeline stage in the middle: attention and MoE, no embedding, no head
                 self.inner.set_input_tensor(self.hidden)
                 output = self.chunks[0](None, None, None)
-        output.backward(self.gradient)
+        return output
 
 
 class Model(Subject):

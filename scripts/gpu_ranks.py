@@ -21,6 +21,11 @@ def _rank(connection: Connection, rank: int, world: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
+    # As launchers bind ranks: a share of the cores each, so that the scheduler moves none of their threads far.
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // world
+    if share:
+        os.sched_setaffinity(0, cores[rank * share : (rank + 1) * share])
     torch.cuda.set_device(rank)
     for run in itertools.count():
         try:

@@ -32,7 +32,7 @@ class Costs:
 
     Attributes:
         token_ps: time one more token costs the busiest rank, forward and backward (ps).
-        copy_ps_per_kib: time to move 1 KiB from rank to rank inside a node (ps).
+        copy_ps_per_kib: time that moving 1 KiB from rank to rank inside a node holds computing up (ps).
         replica_bytes: bytes that one replica moves: weights in forward, weights again in backward, gradients home.
         fixed_ps: time that a layer pays once when it has any replica at all (launches, synchronisation; ps).
 
@@ -61,7 +61,7 @@ class Costs:
 
     @property
     def replica_ps(self) -> int:
-        """Time that a rank's link is busy for one replica (ps), rounded up."""
+        """Time that one replica of a rank holds computing up (ps), rounded up."""
         return -(-self.replica_bytes * self.copy_ps_per_kib // 1024)
 
 

@@ -18,6 +18,8 @@ from megatron_ultraep.runtime.slots import SlotPool
 from megatron_ultraep.runtime.transport import Homes, Transport
 
 _REPEATS = 5
+_TOKENS_BESIDE = 16384
+_LEAST_EXPOSED = 0.1  # of a copy's own time: what is measured beside computing is a small difference of long times
 _STANDSTILL = 30_000_000  # cycles: tens of milliseconds, more than the host takes to queue a forward and backward
 
 
@@ -38,7 +40,10 @@ def measure_costs(
     token_ns: int = 0,
     copy_ns_per_mib: int = 0,
 ) -> Costs:
-    """What a token costs in the experts, and what copying a replica costs.
+    """What a token costs in the experts, and what copying a replica costs whoever computes meanwhile.
+
+    Where the transport works beside the computing stream a copy costs what it slows computing down by; else all of its
+    time.
 
     Args:
         experts: of one layer on this rank.
@@ -57,37 +62,51 @@ def measure_costs(
         seconds = [_best(functools.partial(experts.try_tokens, tokens), pool) for tokens in (small, large)]
         token_ps = max(1, round((seconds[1] - seconds[0]) / (large - small) * 1e12))
     if not copy_ps:
-        # Every rank sends its first expert to the next rank of its node: all links busy, as in a real placement.
-        ring = HostPlanned(_ring(layout), pool.shape.device)
-        homes = Homes(experts.home_parameters)
-
-        # All begin together: the wait for a late sender is not the copy's. Whoever gathers loads places next.
-        nothing = torch.zeros(layout.experts, dtype=torch.int64, device=pool.shape.device)
-
-        def meet() -> None:
-            transport.gather_loads(nothing, pool)
-
-        def place() -> None:
-            transport.place(ring, pool, homes)
-            transport.await_placed(ring, pool)
-            transport.weights_sent(pool)
-
-        experts.before_reading()
-        seconds_copy = _best(place, pool, meet)
-        pool.holder = None
-        copy_ps = max(1, round(seconds_copy * 1e12 / (pool.shape.numel * element / 1024)))
+        copy_ps = _copy_ps_per_kib(experts, pool, layout, transport)
     mine = torch.tensor([token_ps, copy_ps], dtype=torch.int64, device=pool.shape.device)
     largest = transport.largest(mine)
     return Costs(token_ps=largest[0], copy_ps_per_kib=largest[1], replica_bytes=replica_bytes)
 
 
-def _ring(layout: ExpertLayout) -> Plan:
-    """One replica on each rank: of the first expert of the rank before it in its node. No tokens."""
+def _copy_ps_per_kib(experts: _MeasuredExperts, pool: SlotPool, layout: ExpertLayout, transport: Transport) -> int:
+    """How long computing is held up by 1 KiB on its way from rank to rank (ps)."""
+    # Every rank sends experts to the next rank of its node: all links busy, as in a real placement.
+    copies = min(layout.slots, layout.experts_per_rank)
+    ring = HostPlanned(_ring(layout, copies), pool.shape.device)
+    homes = Homes(experts.home_parameters)
+
+    # All begin together: the wait for a late sender is not the copy's. Whoever gathers loads places next.
+    nothing = torch.zeros(layout.experts, dtype=torch.int64, device=pool.shape.device)
+
+    def meet() -> None:
+        transport.gather_loads(nothing, pool)
+
+    def place(beside: Callable[[], None] = lambda: None) -> None:
+        transport.place(ring, pool, homes)
+        beside()
+        transport.await_placed(ring, pool)
+        transport.weights_sent(pool)
+
+    experts.before_reading()
+    seconds = _best(place, pool, meet)
+    if transport.overlaps:
+        # What travels beside computing takes some of its memory bandwidth and a few of its multiprocessors.
+        work = functools.partial(experts.try_tokens, _TOKENS_BESIDE)
+        alone = _best(work, pool)
+        beside = _best(functools.partial(place, work), pool, meet)
+        seconds = min(seconds, max(_LEAST_EXPOSED * seconds, beside - alone))
+    pool.holder = None
+    element = torch.empty((), dtype=pool.shape.dtype).element_size()
+    return max(1, round(seconds * 1e12 / (copies * pool.shape.numel * element / 1024)))
+
+
+def _ring(layout: ExpertLayout, copies: int) -> Plan:
+    """Replicas on each rank: of the first experts of the rank before it in its node. No tokens."""
     replica_expert = np.full((layout.ranks, layout.slots), -1, dtype=np.int64)
     for rank in range(layout.ranks):
         first = rank // layout.node_size * layout.node_size
         following = first + (rank - first + 1) % layout.node_size
-        replica_expert[following, 0] = layout.experts_of(rank)[0]
+        replica_expert[following, :copies] = layout.experts_of(rank)[:copies]
     physical = layout.ranks * (layout.experts_per_rank + layout.slots)
     return Plan(layout, replica_expert, np.zeros((layout.ranks, physical), dtype=np.int64), ())
 

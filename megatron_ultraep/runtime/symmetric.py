@@ -151,6 +151,7 @@ class SymmetricTransport:
         self._memory = SymmetricMemory(node, device)
         self._first = self.rank - self._memory.rank
         self._device = device
+        self.overlaps = device.type == "cuda"
         self._kernels = library_of(device)
         self._limit_ns = int(timeout_s * 1e9)
         self._limit_s = timeout_s

@@ -71,6 +71,8 @@ class Transport(Protocol):
 
     rank: int
     size: int
+    overlaps: bool
+    """Weights and gradients travel beside the computing stream."""
 
     def make_pool(self, shape: ExpertShape, slots: int) -> SlotPool:
         """Slots that this transport can reach. Collective."""
@@ -143,6 +145,8 @@ class CollectiveTransport:
     Args:
         group: of this transport alone; its time-out bounds every wait.
     """
+
+    overlaps = False
 
     def __init__(self, group: Any) -> None:
         self._group = group
