@@ -239,9 +239,43 @@ class BatchLayout:
             bins += unit  # LPT balances but can overflow where first-fit found room: one more round of bins
         # Micro-batch j of every rank is a neighbour in length, so padding them to one length costs little.
         assigned.sort(key=lambda content: (-sum(sample_rows[i] for i in content), content))
-        per_rank: list[list[MicroBatch]] = [[] for _ in range(data_parallel)]
-        for first in range(0, bins, data_parallel):
-            group = assigned[first : first + data_parallel]
+        return BatchLayout.of_contents(
+            sample_ids,
+            sample_rows,
+            [assigned[rank::data_parallel] for rank in range(data_parallel)],
+            row_multiple=row_multiple,
+        )
+
+    @staticmethod
+    def of_contents(
+        sample_ids: Sequence[str],
+        sample_rows: Sequence[int],
+        contents: Sequence[Sequence[Sequence[int]]],
+        *,
+        row_multiple: int = 1,
+    ) -> BatchLayout:
+        """The layout whose micro-batches hold the given samples, each whole, in the order given.
+
+        Args:
+            sample_ids, sample_rows: as for :meth:`pack`.
+            contents: ``[data-parallel rank][micro-batch]``: indices of samples; every sample in exactly one.
+            row_multiple: micro-batches are padded to a multiple of this.
+
+        Raises:
+            ValueError: ranks of different numbers of micro-batches, or samples that are not there exactly once.
+        """
+        if len({len(of_rank) for of_rank in contents}) != 1:
+            raise ValueError(
+                f"expected the same number of micro-batches on every rank, got {[len(of_rank) for of_rank in contents]}"
+            )
+        placed = sorted(i for of_rank in contents for content in of_rank for i in content)
+        if placed != list(range(len(sample_rows))):
+            raise ValueError(
+                f"expected each of {len(sample_rows)} samples in one micro-batch, got {len(placed)} places of "
+                f"{len(set(placed))} samples"
+            )
+        per_rank: list[list[MicroBatch]] = [[] for _ in contents]
+        for group in zip(*contents, strict=True):
             longest = max(sum(sample_rows[i] for i in content) for content in group)
             rows = max(1, -(-longest // row_multiple)) * row_multiple
             for rank, content in enumerate(group):

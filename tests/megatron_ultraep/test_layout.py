@@ -70,6 +70,21 @@ def test_positions_count_from_the_start_of_each_sequence(batch):
         assert micro_batch.positions().tolist() == [i for n in lengths for i in range(n)]
 
 
+def test_of_contents_places_what_it_is_told():
+    layout = BatchLayout.of_contents(["a", "b", "c"], [3, 4, 2], [[[2, 0], []], [[], [1]]], row_multiple=4)
+    assert [[m.rows for m in rank] for rank in layout.micro_batches] == [[8, 4], [8, 4]]
+    assert layout.micro_batches[0][0].segments == (Segment(2, 0, 2, 0), Segment(0, 0, 3, 2))
+    assert [m.used for rank in layout.micro_batches for m in rank] == [5, 0, 0, 4]
+
+
+def test_of_contents_refuses_what_is_no_packing():
+    with pytest.raises(ValueError, match=r"same number of micro-batches on every rank, got \[1, 2\]"):
+        BatchLayout.of_contents(["a", "b"], [3, 4], [[[0]], [[1], []]])
+    for contents in ([[[0]]], [[[0, 1, 1]]], [[[0, 2]]]):
+        with pytest.raises(ValueError, match="each of 2 samples in one micro-batch"):
+            BatchLayout.of_contents(["a", "b"], [3, 4], contents)
+
+
 def test_pack_by_hand():
     # Two micro-batches of 10 rows suffice; the longest go first, each to the emptiest.
     layout = pack([4, 7, 2, 6], data_parallel=2, tokens_per_micro_batch=10)
