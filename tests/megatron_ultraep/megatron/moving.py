@@ -62,7 +62,9 @@ class Job:
             for number in LAYERS
         ]
         model = _module(config)
-        model.layers = torch.nn.ModuleList(self.layers)
+        model.tp_group = self.groups.collection.tp  # or sharded_state_dict asks Megatron's globals
+        for layer in self.layers:
+            model.add_module(f"layer{layer.layer_number}", layer)
         model.to(kind.dtype)
         for layer in self.layers:
             for name, parameter in layer.router.named_parameters():
@@ -231,3 +233,101 @@ def torn(kind: Kind) -> str:
     finally:
         migrate._Exchange.run = run
     return ""
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def save(job: Job, path: str, distributed: bool, **metadata: Any) -> None:
+    """Write weights and optimizer as Megatron's training does."""
+    metadata = compat.checkpoint_metadata(job.groups.collection, distributed_optimizer=distributed) | metadata
+    state = {"model": compat.unwrap(job.chunks[0]).sharded_state_dict(metadata=metadata)}
+    state["optimizer"] = job.optimizer.sharded_state_dict(state, is_loading=False, metadata=metadata)
+    compat.save_checkpoint(state, path)
+
+
+def load(job: Job, path: str, distributed: bool) -> None:
+    """Read :func:`save` back; the optimizer must have made a step before."""
+    metadata = compat.checkpoint_metadata(job.groups.collection, distributed_optimizer=distributed)
+    model = compat.unwrap(job.chunks[0])
+    state = {"model": model.sharded_state_dict(metadata=metadata)}
+    state["optimizer"] = job.optimizer.sharded_state_dict(state, is_loading=True, metadata=metadata)
+    loaded = compat.load_checkpoint(state, path)
+    model.load_state_dict(loaded["model"])
+    job.optimizer.load_state_dict(loaded["optimizer"])
+    for inner in job.optimizer.chained_optimizers:
+        # Loading puts one tensor of steps into every parameter's state, which torch's Adam would count up for each.
+        for moments in inner.optimizer.state.values():
+            moments["step"] = moments["step"].clone()
+
+
+def saved(kind: Kind, seed: int | None, path: str) -> dict[str, Any]:
+    """Two steps, a move to random homes if there is a seed, a checkpoint, one more step; the states after each part."""
+    job = Job(kind)
+    job.step(0)
+    job.step(1)
+    if seed is not None:
+        job.move(random_homes(seed, kind.experts))
+    save(job, path, kind.distributed)
+    states = [job.states()]
+    job.step(2)
+    return {"states": [*states, job.states()]}
+
+
+def resumed(kind: Kind, seed: int | None, path: str) -> dict[str, Any]:
+    """What :func:`saved` returns, of a job that has done other things, under other homes, and loads the checkpoint."""
+    job = Job(kind)
+    job.step(7)
+    if seed is not None:
+        job.move(random_homes(seed, kind.experts))
+    load(job, path, kind.distributed)
+    states = [job.states()]
+    job.step(2)
+    return {"states": [*states, job.states()]}
+
+
+def sharded(kind: Kind, seed: int | None, **metadata: Any) -> dict[tuple[Any, ...], tuple[str, np.ndarray]]:
+    """``(key, offset)`` of every sharded tensor of the model on this rank -> its name here and its values."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    job = Job(kind)
+    if seed is not None:
+        job.move(random_homes(seed, kind.experts))
+    found: dict[tuple[Any, ...], tuple[str, np.ndarray]] = {}
+    state = compat.unwrap(job.chunks[0]).sharded_state_dict(
+        metadata=compat.checkpoint_metadata(job.groups.collection, distributed_optimizer=False) | metadata
+    )
+    apply_factories(state)
+
+    def walk(entry: Any, name: str) -> None:
+        if isinstance(entry, ShardedTensor):
+            key = (entry.key, entry.global_offset)
+            assert key not in found
+            found[key] = name, entry.data.detach().double().numpy().copy()
+        elif isinstance(entry, dict):
+            for inner, value in entry.items():
+                walk(value, inner)
+        elif isinstance(entry, list):
+            for value in entry:
+                walk(value, name)
+
+    walk(state, "")
+    return found
+
+
+def formats(kind: Kind) -> list[str]:
+    """What saving in a format that follows the optimizer's buffers says: before a move, after it, after the return."""
+    job = Job(kind)
+    job.step(0)
+    said = []
+    for homes in ({}, random_homes(1, kind.experts), {n: tuple(range(kind.experts)) for n in LAYERS}):
+        job.move(homes)
+        try:
+            metadata = compat.checkpoint_metadata(job.groups.collection, distributed_optimizer=True)
+            metadata["distrib_optim_sharding_type"] = "dp_reshardable"
+            compat.unwrap(job.chunks[0]).sharded_state_dict(metadata=metadata)
+            said.append("written")
+        except Unsupported as error:
+            said.append(str(error))
+    assert all("sharded_state_dict" not in layer.experts.__dict__ for layer in job.layers), "not given back"
+    return said
