@@ -34,7 +34,7 @@ from megatron_ultraep.layout import ExpertLayout
 from megatron_ultraep.plan import search
 from megatron_ultraep.plan.types import Array, NodeDecision, Outcome, Plan, PlanSettings
 
-_OUTCOMES: dict[int, Outcome] = {
+OUTCOMES: dict[int, Outcome] = {
     search.BALANCED: "balanced",
     search.WITHIN_TOLERANCE: "within_tolerance",
     search.GAIN_BELOW_COST: "gain_below_cost",
@@ -58,17 +58,17 @@ def solve(loads: Array, layout: ExpertLayout, settings: PlanSettings | None = No
     check_shape(loads, layout)
     valid, replica_expert, quota, decisions = search.compiled()(
         np.ascontiguousarray(loads),
-        _expert_at(layout),
+        expert_at_array(layout),
         layout.ranks,
         layout.node_size,
         layout.slots,
         settings.min_tokens,
         settings.tolerance_ppm,
-        _costs(settings),
+        costs_array(settings),
     )
     if valid != search.VALID:
-        raise ValueError(_complaint(loads, valid))
-    made = [NodeDecision(_OUTCOMES[outcome], *numbers) for outcome, *numbers in decisions.tolist()]
+        raise ValueError(complaint(loads, valid))
+    made = [NodeDecision(OUTCOMES[outcome], *numbers) for outcome, *numbers in decisions.tolist()]
     if settings.costs is not None:
         _spare_idle_nodes(loads, layout, replica_expert, quota, made)
     return Plan(layout, replica_expert, quota, tuple(made))
@@ -108,7 +108,8 @@ def check_shape(loads: Array, layout: ExpertLayout) -> None:
         )
 
 
-def _complaint(loads: Array, valid: int) -> str:
+def complaint(loads: Array, valid: int) -> str:
+    """What is wrong with loads that the search found not valid."""
     if valid == search.NEGATIVE:
         source, expert = np.argwhere(loads < 0)[0]
         return (
@@ -122,11 +123,13 @@ def _complaint(loads: Array, valid: int) -> str:
 
 
 @lru_cache(maxsize=64)
-def _expert_at(layout: ExpertLayout) -> Array:
+def expert_at_array(layout: ExpertLayout) -> Array:
+    """int64 ``[E]``: the logical expert in each home slot."""
     return np.asarray(layout.expert_at, dtype=np.int64)
 
 
-def _costs(settings: PlanSettings) -> Array:
+def costs_array(settings: PlanSettings) -> Array:
+    """int64 ``[4]``: the gate as the search takes it."""
     costs = settings.costs
     if costs is None:
         return np.zeros(4, dtype=np.int64)
