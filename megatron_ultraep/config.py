@@ -31,6 +31,13 @@ class BalanceConfig:
         "and gradients, once per rank: all layers share it.",
         metavar="N",
     )
+    slot_sets: int = _option(
+        1,
+        "Sets of slots that MoE layers use in turn (1 or 2). With 2 the weights of the next layer are placed while a "
+        "layer's experts compute, where plans are made ahead; with 1, while attention does. Each set takes the memory of "
+        "the slots.",
+        metavar="N",
+    )
     node_size: int = _option(
         0,
         "Expert-parallel ranks in one node (count, consecutive ranks of the expert-parallel group). Replicas never "
@@ -87,6 +94,8 @@ class BalanceConfig:
         problems = []
         if self.slots < 1:
             problems.append(f"slots must be >= 1, got {self.slots}: use enabled=False for no balancing")
+        if self.slot_sets not in (1, 2):
+            problems.append(f"slot_sets must be 1 or 2, got {self.slot_sets}")
         if self.node_size < 0 or self.node_size == 1:
             problems.append(
                 f"node_size must be 0 (the whole group) or >= 2 ranks, got {self.node_size}: no replica leaves a node"

@@ -18,14 +18,24 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ultraep.config import BalanceConfig
-from scripts.bench_results import HEADER, Report, Row, asdict, memory_verdict, missed_bars, versions
+from scripts.bench_results import (
+    HEADER,
+    PLANNING_AND_PLACEMENT,
+    Report,
+    Row,
+    asdict,
+    memory_verdict,
+    missed_bars,
+    versions,
+)
 from scripts.machine import hardware
 
 NOTES = (
     "Measured. balanced is the ideal: nothing that keeps the number of tokens does better.\n"
     "Where balancing does not help: at an imbalance of 1 ours can only lose what planning takes."
 )
-METHODS = ("stock", "ours", "balanced")
+METHODS = ("stock", "ours", "foresight", "balanced")
+OURS = ("ours", "foresight")
 PRESETS: dict[str, dict[str, Any]] = {"32x4": {"experts": 32, "topk": 4}, "128x8": {"experts": 128, "topk": 8}}
 TINY: dict[str, Any] = {
     "hidden": 64,
@@ -109,8 +119,9 @@ def _measure(make: Callable[[Any], Any], shape: Any, options: Options, report: R
             # At an imbalance of 1 stock is balanced: it is not run for itself.
             if "stock" in options.methods and these is not routes[1.0]:
                 rounds.time("stock", these)
-            if "ours" in options.methods:
-                rounds.time_ours(these)
+            for method in OURS:
+                if method in options.methods:
+                    rounds.time_ours(method, these)
         report.add(rounds.rows(layout, ranks, imbalance, these, routes[1.0]))
     if options.profile and asked:
         _profile(bench, routes[1.0], list(asked.values())[-1], options, report)
@@ -122,7 +133,7 @@ class _Rounds:
     def __init__(self, bench: Any, options: Options, report: Report) -> None:
         self.bench, self.options, self.report = bench, options, report
         self.blocks: dict[str, list[Any]] = {}
-        self.ours: dict[str, Any] = {}
+        self.details: dict[str, dict[str, Any]] = {}
         self.balance = options.balance
         self.refused = False
 
@@ -132,9 +143,10 @@ class _Rounds:
         self.blocks.setdefault(method, []).append(timed)
         return timed
 
-    def time_ours(self, routes: Any) -> None:
-        """Attach, time, detach. The gate measures its constants once."""
+    def time_ours(self, method: str, routes: Any) -> None:
+        """Attach, time, detach. The gate measures its constants once; ``foresight`` plans before the iterations."""
         from megatron_ultraep import Unsupported, attach, detach
+        from scripts.bench_rank import foresee
 
         if self.refused:
             return
@@ -142,24 +154,27 @@ class _Rounds:
             balancer = attach(self.bench.subject.chunks, self.balance)
         except Unsupported as error:  # on all ranks alike
             self.refused = True
-            self.report.say(f"ours skipped: {error}")
+            self.report.say(f"{method} skipped: {error}")
             return
         if balancer is None:
             raise ValueError("balancing is off: drop enabled=false")
         try:
-            self.time("ours", routes, balancer)
-            if not self.ours:
-                self.ours = self._details(routes, balancer)
+            if method == "foresight":
+                foresee(balancer, routes)
+            self.time(method, routes, balancer)
+            if method not in self.details:
+                self.details[method] = self._details(method, routes, balancer)
             if balancer.costs is not None:
                 self.balance = dataclasses.replace(
                     self.balance,
                     token_ns=max(1, round(balancer.costs.token_ps / 1e3)),
                     copy_ns_per_mib=max(1, round(balancer.costs.copy_ps_per_kib * 1024 / 1e3)),
                 )
+            balancer.end_foresight()  # raises where routers did what was not foreseen
         finally:
             detach(self.bench.subject.chunks)
 
-    def _details(self, routes: Any, balancer: Any) -> dict[str, Any]:
+    def _details(self, method: str, routes: Any, balancer: Any) -> dict[str, Any]:
         """Slots, the gate and exposed times; the latter from iterations of their own, as recording takes time."""
         from scripts.bench_rank import GIB, largest_of_ranks
 
@@ -168,7 +183,7 @@ class _Rounds:
         balancer.timings(True)
         self.bench.block(routes, iterations=min(5, self.options.iterations), warmup=1, balancer=balancer)
         return {
-            "reduction": self._reduction(routes, balancer) if self.options.reduction else {},
+            "reduction": self._reduction(routes, balancer) if self.options.reduction and method == "ours" else {},
             "gate": gate,
             "exposed_us": {n: round(us, 2) for n, us in largest_of_ranks(balancer.timings(False)).items()},
             "slot_gib": largest_of_ranks({"slots": balancer.slot_bytes / GIB})["slots"],
@@ -204,8 +219,8 @@ class _Rounds:
             median = statistics.median(times)
             row = Row(layout, ranks, imbalance, method, which.imbalance, which.imbalance, median, low, high, None)
             row.device_gib = None if blocks[0].device_gib is None else max(one.device_gib for one in blocks)
-            if method == "ours":
-                _fill(row, blocks, self.ours)
+            if method in OURS:
+                _fill(row, blocks, self.details[method], self.bench.subject.shape)
             made.append(row)
         ideal = next((row for row in made if row.method == "balanced"), None)
         if ideal is not None:
@@ -216,7 +231,7 @@ class _Rounds:
         return made
 
 
-def _fill(row: Row, blocks: list[Any], details: dict[str, Any]) -> None:
+def _fill(row: Row, blocks: list[Any], details: dict[str, Any], shape: Any) -> None:
     """What balancing says of itself, into its row."""
     metrics = [one for block in blocks for one in block.metrics]
     mean = {n: statistics.mean(one[n] for one in metrics) for n in metrics[0] if "/layer_" not in n}
@@ -225,20 +240,24 @@ def _fill(row: Row, blocks: list[Any], details: dict[str, Any]) -> None:
     skipped = {name.rpartition("/")[2]: share for name, share in mean.items() if name.startswith("moe/skipped/")}
     row.skipped = {name: round(share, 3) for name, share in skipped.items() if share}
     row.reduction = details["reduction"]
+    exposed = sum(details["exposed_us"].get(part, 0.0) for part in PLANNING_AND_PLACEMENT)
+    row.exposed_share = exposed / 1e3 * shape.layers * shape.micro_batches / row.ms
     row.gate, row.exposed_us, row.slot_gib = details["gate"], details["exposed_us"], details["slot_gib"]
 
 
 def _profile(bench: Any, ideal: Any, routes: Any, options: Options, report: Report) -> None:
     """One iteration of ours and of balanced as Chrome traces, and their kernels side by side."""
     from megatron_ultraep import attach, detach
-    from scripts.bench_rank import profiled, top_kernels
+    from scripts.bench_rank import foresee, profiled, top_kernels
 
     directory = Path(options.profile)
     directory.mkdir(parents=True, exist_ok=True)
     shape = bench.subject.shape
     found = {}
-    for method, which in (("ours", routes), ("balanced", ideal)):
-        balancer = attach(bench.subject.chunks, options.balance) if method == "ours" else None
+    for method, which in (*((name, routes) for name in OURS if name in options.methods), ("balanced", ideal)):
+        balancer = attach(bench.subject.chunks, options.balance) if method in OURS else None
+        if method == "foresight":
+            foresee(balancer, routes)
         bench.block(which, iterations=1, warmup=options.warmup, balancer=balancer)
         file = directory / f"{method}-{shape.kind}-{shape.name}-rank{report.rank}.json.gz"
         keys = which.keys[0]
@@ -246,7 +265,9 @@ def _profile(bench: Any, ideal: Any, routes: Any, options: Options, report: Repo
         if balancer is not None:
             detach(bench.subject.chunks)
     report.say(f"\nRank 0, one iteration, ours at an imbalance of {routes.imbalance:.2f}; traces in {directory}")
-    report.say(top_kernels(found["ours"], found["balanced"]))
+    for method in OURS:
+        if method in found:
+            report.say(f"{method}:\n{top_kernels(found[method], found['balanced'])}")
 
 
 # ---------------------------------------------------------------- from the command line to the ranks
@@ -338,6 +359,7 @@ def run(
     bar: Callable[[float], float],
     memory: bool,
     notes: str,
+    foresight: float | None = None,
     pools: Any = None,
 ) -> int:
     """Measure every shape, print, write; the exit code.
@@ -346,7 +368,7 @@ def run(
         make: see :func:`measure`.
         wanted: shapes.
         warmup: default iterations before each block.
-        bar, memory: see :func:`missed_bars`.
+        bar, memory, foresight: see :func:`missed_bars`.
         notes: printed under the tables.
         pools: of ranks; started and stopped here when there are none.
     """
@@ -400,7 +422,7 @@ def run(
         memory_kept = memory_verdict([row for row in rows if row.layout == layout])
         if memory_kept is not None:
             print(f"{layout}: {memory_kept[1]}: {'kept' if memory_kept[0] else 'MISSED'}")
-    missed = missed_bars(rows, bar, memory=memory)
+    missed = missed_bars(rows, bar, memory=memory, foresight=foresight)
     if arguments.bars:
         print(
             "Bars: "

@@ -6,10 +6,11 @@
     scripts/bench_layer.py --trace FILE --experts 128 --topk 8 # routes that rollout captured
     scripts/bench_layer.py --cpu                               # tiny, on gloo: a check of this script
 
-``stock`` gets routes of the imbalance asked for; ``ours`` gets the same routes and has balancing attached; ``balanced``
-is stock on routes of imbalance 1, the ideal. All run in one process, one after the other, on the same weights. Routes
-come from the generator of simulated loads (or a trace) and are forced by routing replay; probabilities and their
-gradients are the router's own. bf16, gradients added to DDP's buffers in the kernels, all-to-all dispatcher.
+``stock`` gets routes of the imbalance asked for; ``ours`` gets the same routes and has balancing attached, planning on
+exact loads; ``foresight`` the same with plans made before; ``balanced`` is stock on routes of imbalance 1, the ideal.
+All run in one process, one after the other, on the same weights. Routes come from the generator of simulated loads (or
+a trace) and are forced by routing replay; probabilities and their gradients are the router's own. bf16, gradients added
+to DDP's buffers in the kernels, all-to-all dispatcher.
 
 Columns: imbalance (max / mean over ranks of tokens computed) before and after balancing; median, p10 and p90 of the
 time of an iteration, each the slowest rank's; ``of balanced``: ms of balanced / ms; device memory in use at the end of

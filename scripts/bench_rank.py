@@ -34,10 +34,12 @@ class Routes:
 
     Attributes:
         keys: of each iteration's micro-batches.
+        loads: int64 ``[micro-batches of all iterations, layers, ranks, experts]``.
         imbalance: max / mean over ranks of the tokens computed, mean over micro-batches and layers, unbalanced.
     """
 
     keys: tuple[Keys, ...]
+    loads: np.ndarray
     imbalance: float
 
 
@@ -57,10 +59,23 @@ def set_routes(subject: Subject, name: str, draw: Callable[[int], np.ndarray]) -
             counts += [np.bincount(layer.ravel(), minlength=shape.experts) for layer in routes]
             subject.replay.set(key, torch.from_numpy(routes))
         keys.append(mine)
-    loads = torch.from_numpy(np.stack(counts)).to(device())
-    dist.all_reduce(loads)
-    on_ranks = loads.view(len(counts), dist.get_world_size(), -1).sum(-1).double()
-    return Routes(tuple(keys), float((on_ranks.amax(1) / on_ranks.mean(1)).mean()))
+    mine_of_all = torch.from_numpy(np.stack(counts)).to(device())
+    of_ranks = [torch.empty_like(mine_of_all) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_ranks, mine_of_all)
+    loads = torch.stack(of_ranks, dim=1).cpu().numpy()
+    on_ranks = loads.sum(1).reshape(len(counts), dist.get_world_size(), -1).sum(-1)
+    imbalance = float((on_ranks.max(1) / on_ranks.mean(1)).mean())
+    return Routes(tuple(keys), loads.reshape(-1, shape.layers, *loads.shape[1:]), imbalance)
+
+
+def foresee(balancer: Any, routes: Routes) -> None:
+    """Plan all micro-batches of all iterations ahead; their plans stay, since iterations come again."""
+    from megatron_ultraep.plan.foresight import solve_step
+
+    layers = range(routes.loads.shape[1])
+    step = solve_step(routes.loads, [balancer.layout_of(n + 1) for n in layers], balancer.settings)
+    keys = [key for iteration in routes.keys for key in iteration]
+    balancer.foresee(step, keys, {n + 1: n for n in layers})
 
 
 def generated(subject: Subject, imbalance: float, seed: int = 0) -> Routes:
@@ -174,7 +189,6 @@ class Bench:
         *times, used = mine.tolist()
         return Block(times, used if torch.cuda.is_available() else None, metrics)
 
-
     def backward(self, routes: Routes, *, iterations: int) -> list[float]:
         """Times of the backward alone, of each iteration, on the slowest rank (ms); ranks meet before each."""
         subject: Any = self.subject
@@ -260,7 +274,7 @@ def profiled(run: Callable[[], None], file: str) -> dict[str, tuple[float, int]]
 def top_kernels(ours: dict[str, tuple[float, int]], balanced: dict[str, tuple[float, int]], most: int = 25) -> str:
     """The kernels that take longest with ours, those of ``balanced`` beside them."""
     names = sorted(set(ours) | set(balanced), key=lambda n: -max(ours.get(n, (0, 0))[0], balanced.get(n, (0, 0))[0]))
-    lines = [f"{'ours ms':>9} {'calls':>6} {'balanced':>9} {'calls':>6}  kernel"]
+    lines = [f"{'ms':>9} {'calls':>6} {'balanced':>9} {'calls':>6}  kernel"]
     for name in names[:most]:
         mine, ideal = ours.get(name, (0.0, 0)), balanced.get(name, (0.0, 0))
         lines.append(f"{mine[0]:9.3f} {mine[1]:6d} {ideal[0]:9.3f} {ideal[1]:6d}  {name[:100]}")

@@ -13,6 +13,8 @@ from typing import Any
 
 EASY = 1.1  # up to here there is hardly anything to gain: ours is compared with stock
 MEMORY_SHARE = 0.02
+MOST_EXPOSED = 0.005  # of the time of an iteration, by planning and placement of plans made ahead
+PLANNING_AND_PLACEMENT = ("loads", "plan", "weights, forward", "weights, again", "weights, backward")
 MOST_REDUCTION = 0.01  # of a transformer layer's backward, at an imbalance of 2
 
 
@@ -28,6 +30,8 @@ class Row:
         fraction_of_balanced: ``ms`` of ``balanced`` / ``ms``.
         device_gib: see :class:`scripts.bench_rank.Bench`.
         exposed_us: of ours, mean time of a layer's call that each part of balancing held up (us), on the slowest rank.
+        exposed_share: of planning and placement (:data:`PLANNING_AND_PLACEMENT`) in the time of an iteration, over all
+            layers' calls.
         gate: the constants it was given: a token (ns), a replica (us).
         reduction: of ours, a backward with and without the way home of replicas' gradients (ms), and the share it adds.
     """
@@ -50,6 +54,7 @@ class Row:
     exposed_us: dict[str, float] = field(default_factory=dict)
     gate: dict[str, float] = field(default_factory=dict)
     reduction: dict[str, float] = field(default_factory=dict)
+    exposed_share: float = 0.0
 
 
 class Report:
@@ -98,7 +103,7 @@ def line(row: Row) -> str:
     memory = "-" if row.device_gib is None else f"{row.device_gib:.2f}"
     text = (
         f"{row.imbalance:9.3g} {row.method:9} {row.before:6.3f} -> {row.after:<6.3f} {row.ms:9.3f} {row.p10_ms:9.3f} "
-        f"{row.p90_ms:9.3f} {fraction:>11} {memory:>7} {row.replicas if row.method == 'ours' else '-':>8}"
+        f"{row.p90_ms:9.3f} {fraction:>11} {memory:>7} {row.replicas if row.slot_gib else '-':>8}"
     )
     if row.noise is not None:
         text += f"  noise {row.noise:.1%}"
@@ -107,22 +112,30 @@ def line(row: Row) -> str:
     if row.gate:
         text += "\n" + " " * 20 + "gate: " + ", ".join(f"{name} {value:.1f}" for name, value in row.gate.items())
     if row.reduction:
-        text += "\n" + " " * 20 + (
-            f"gradients' way home: backward {row.reduction['backward_ms']:.3f} ms, without it "
-            f"{row.reduction['without_ms']:.3f} ms, adds {row.reduction['share']:.2%}"
+        text += (
+            "\n"
+            + " " * 20
+            + (
+                f"gradients' way home: backward {row.reduction['backward_ms']:.3f} ms, without it "
+                f"{row.reduction['without_ms']:.3f} ms, adds {row.reduction['share']:.2%}"
+            )
         )
     if row.exposed_us:
+        text += f"\n{'':20}planning and placement hold up {row.exposed_share:.2%} of the time"
         text += "\n" + " " * 20 + "exposed us: " + "; ".join(f"{n} {us:.1f}" for n, us in row.exposed_us.items())
     return text
 
 
-def missed_bars(rows: list[Row], bar: Callable[[float], float], *, memory: bool) -> list[str]:
+def missed_bars(
+    rows: list[Row], bar: Callable[[float], float], *, memory: bool, foresight: float | None = None
+) -> list[str]:
     """What ours should keep and does not.
 
     Args:
         rows: of all shapes.
         bar: least fraction of balanced, by imbalance.
         memory: ours at the highest imbalance takes no more than balanced, its slots and 2%.
+        foresight: least fraction of balanced of plans made ahead; planning and placement then hold up at most 0.5%.
     """
     missed = []
     by_layout: dict[str, list[Row]] = {}
@@ -146,9 +159,25 @@ def missed_bars(rows: list[Row], bar: Callable[[float], float], *, memory: bool)
             for row in ours
             if "transformer" in layout and row.imbalance == 2 and row.reduction.get("share", 0.0) > MOST_REDUCTION
         ]
+        if foresight is not None:
+            missed += _missed_by_foresight(layout, [row for row in these if row.method == "foresight"], foresight)
         verdict = memory_verdict(these)
         if memory and verdict is not None and not verdict[0]:
             missed.append(f"{layout}: {verdict[1]}")
+    return missed
+
+
+def _missed_by_foresight(layout: str, rows: list[Row], least: float) -> list[str]:
+    missed = []
+    for row in rows:
+        where = f"{layout}, imbalance {row.imbalance:g}, foresight"
+        if row.imbalance > EASY and row.fraction_of_balanced is not None and not row.fraction_of_balanced >= least:
+            missed.append(f"{where}: {row.fraction_of_balanced:.3f} of balanced, the bar is {least}")
+        if row.exposed_share > MOST_EXPOSED:
+            missed.append(
+                f"{where}: planning and placement hold up {row.exposed_share:.2%} of the time, the bar is "
+                f"{MOST_EXPOSED:.1%}"
+            )
     return missed
 
 

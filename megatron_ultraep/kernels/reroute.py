@@ -34,11 +34,12 @@ class Counts(NamedTuple):
     before: Tensor
 
 
-def count(routing_map: Tensor) -> Counts:
+def count(routing_map: Tensor, loads: Tensor | None = None) -> Counts:
     """Tokens of each expert, in all and before each chunk of rows.
 
     Args:
         routing_map: bool ``[T, E]``; T may be 0.
+        loads: int64 ``[E]``, contiguous, to be written; a fresh tensor by default.
 
     Raises:
         ValueError: a map of another type or shape.
@@ -47,7 +48,8 @@ def count(routing_map: Tensor) -> Counts:
     tokens, experts = routing_map.shape
     device = routing_map.device
     before = torch.empty((-(-tokens // CHUNK_ROWS), experts), dtype=torch.int32, device=device)
-    loads = torch.empty(experts, dtype=torch.int64, device=device)
+    if loads is None:
+        loads = torch.empty(experts, dtype=torch.int64, device=device)
     library_of(device)("count", routing_map.contiguous(), before, loads, tokens, experts, stream=current_stream(device))
     return Counts(loads, before)
 

@@ -25,7 +25,7 @@ import atexit
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,9 +39,11 @@ from megatron_ultraep.megatron import compat, microbatch
 from megatron_ultraep.megatron.dispatcher import physical_dispatcher
 from megatron_ultraep.megatron.experts import PhysicalExperts
 from megatron_ultraep.megatron.support import Unsupported, check_version, refusals
+from megatron_ultraep.plan.foresight import StepPlan
 from megatron_ultraep.plan.types import Costs, Plan, PlanSettings
 from megatron_ultraep.runtime import choose
-from megatron_ultraep.runtime.layer import LayerBalancer
+from megatron_ultraep.runtime.foresight import Foresight
+from megatron_ultraep.runtime.layer import Backwards, LayerBalancer
 from megatron_ultraep.runtime.measure import measure_costs
 from megatron_ultraep.runtime.planning import DevicePlanner, HostPlanner, PlanBatch, Planned, Planner
 from megatron_ultraep.runtime.slots import ExpertShape, SlotPool
@@ -125,7 +127,9 @@ class Balancer:
         self._crossing: list[tuple[list[tuple[MicroBatchKey, int]], PlanBatch]] = []
         self._name = name
         self._layers: list[torch.nn.Module] = []
-        self._pools: dict[ExpertShape, SlotPool] = {}
+        self._pools: dict[tuple[ExpertShape, int], SlotPool] = {}
+        self._foresight: Foresight | None = None
+        self._backwards = Backwards()
         self._metrics = StepMetrics()
         self._recorder: Recorder | None = None
         self._unnamed: dict[int, int] = {}
@@ -164,17 +168,32 @@ class Balancer:
         assert self.transport is not None
         layout = self._layout(layer, home_slot)
         experts = PhysicalExperts(layer.experts, layout.slots)
-        pool = self._pools.get(experts.shape)
+        turn = len(self._layers) % self.config.slot_sets
+        pool = self._pools.get((experts.shape, turn))
         if pool is None:
-            pool = self._pools[experts.shape] = self.transport.make_pool(experts.shape, layout.slots)
+            pool = self._pools[experts.shape, turn] = self.transport.make_pool(experts.shape, layout.slots)
         if self.config.gate and self.costs is None:
             self.costs = self._measure(experts, pool, layout)
         if self._watch is None:
             self._watch = Stopwatch(experts.shape.device)
+        if self._foresight is None:
+            self._foresight = Foresight(self.transport.rank, experts.shape.device)
+        foresight, number = self._foresight, int(layer.layer_number or 0)
         planner = self._planner(layer, layout, experts.shape.device)
         balancer = LayerBalancer(
-            layout, experts, pool, self.transport, planner, self._observer(layer), self._watch, early=early
+            layout,
+            experts,
+            pool,
+            self.transport,
+            planner,
+            self._observer(layer),
+            self._watch,
+            early=early,
+            foresee=lambda: foresight.take(microbatch.current_key_or_none(), number) if len(foresight) else None,
+            backwards=self._backwards,
         )
+        if self.config.slot_sets > 1 and self._layers:
+            getattr(self._layers[-1], _ATTRIBUTE).balancer.alternate_with(balancer)
         stock = layer.token_dispatcher
         dispatcher = physical_dispatcher(stock, layout, self.transport.rank, balancer)
         hook = None if parent is None else parent.register_forward_pre_hook(lambda *_: balancer.begin())
@@ -184,10 +203,15 @@ class Balancer:
         layer.__class__ = _balanced_class(type(layer))
         self._layers.append(layer)
 
+    @property
+    def settings(self) -> PlanSettings:
+        """What plans are made with; the same on every rank."""
+        return PlanSettings(self.config.min_tokens, self.config.tolerance_ppm, self.costs)
+
     def _planner(self, layer: Any, layout: ExpertLayout, device: torch.device) -> Planner:
         assert self.transport is not None
         assert self._watch is not None
-        settings = PlanSettings(self.config.min_tokens, self.config.tolerance_ppm, self.costs)
+        settings = self.settings
         if isinstance(self.transport, SymmetricTransport):
             try:
                 return DevicePlanner(layout, settings, self.transport.rank, device, self._watch)
@@ -316,6 +340,73 @@ class Balancer:
         self._take_all()
         self._counted.clear()
         return self._metrics.finish()
+
+    def foresee(
+        self,
+        step: StepPlan,
+        keys: Sequence[MicroBatchKey],
+        moe_layers: Mapping[int, int],
+        samples: Mapping[MicroBatchKey, Sequence[str]] | None = None,
+    ) -> None:
+        """Take plans over that were made ahead; all ranks of the expert-parallel group call it alike.
+
+        Their micro-batches then gather no loads and plan nothing, their hosts wait for nothing, and weights are placed
+        before they are needed. All others are planned on their exact loads, as always.
+
+        Args:
+            step: plans of these micro-batches, for the expert layouts there are (:meth:`layout_of`).
+            keys: of the micro-batches, in the step's order.
+            moe_layers: index in the step's order of layers, by Megatron's layer number; also of layers elsewhere.
+            samples: ids of each micro-batch on this rank, for errors.
+
+        Raises:
+            ForesightMismatch: plans for other layouts, or a micro-batch that has plans already.
+        """
+        if self._foresight is not None:
+            layouts = {number: self.layout_of(number) for number in self._numbers()}
+            index = {number: moe_layers[number] for number in layouts}
+            self._foresight.set(step, keys, layouts, index, samples)
+
+    def end_foresight(self, *, check: bool = True) -> None:
+        """Forget the plans of :meth:`foresee`.
+
+        Args:
+            check: compare what routers did with what was planned for first; the host waits. To be done before the
+                optimizer steps.
+
+        Raises:
+            ForesightMismatch: see :meth:`megatron_ultraep.runtime.foresight.Foresight.check`.
+        """
+        if self._foresight is None:
+            return
+        try:
+            if check:
+                self._foresight.check()
+        finally:
+            self._foresight.clear()
+            self._backwards.clear()
+
+    def layout_of(self, layer_number: int) -> ExpertLayout:
+        """Where the experts of a layer of this rank are at home, by Megatron's layer number."""
+        return self._numbers()[layer_number].layout
+
+    def rehome(self, home_slots: Mapping[int, tuple[int, ...]]) -> None:
+        """Say where the experts of layers are at home now, between steps; moves no weights.
+
+        Args:
+            home_slots: permutation by Megatron's layer number; layers that are not on this rank are passed over.
+        """
+        numbers = self._numbers()
+        for number, home_slot in home_slots.items():
+            if number in numbers:
+                balancer = numbers[number]
+                layout = dataclasses.replace(balancer.layout, home_slot=tuple(home_slot))
+                layer = next(each for each in self._layers if int(each.layer_number or 0) == number)
+                balancer.layout = layout
+                balancer.planner = self._planner(layer, layout, balancer.pool.shape.device)
+
+    def _numbers(self) -> dict[int, LayerBalancer]:
+        return {int(layer.layer_number or 0): getattr(layer, _ATTRIBUTE).balancer for layer in self._layers}
 
     @property
     def layers(self) -> tuple[torch.nn.Module, ...]:

@@ -51,6 +51,11 @@ class PhysicalExperts:
         self.home_parameters: list[Parameters] = [[owned[name] for name in expert] for expert in names]
         self.shape = ExpertShape.of([_inside(name) for name in names[0]], self.home_parameters[0])
 
+    @property
+    def awaits_parameters(self) -> bool:
+        """Whether :meth:`before_reading` may wait for gathered parameters."""
+        return any(module._forward_pre_hooks for module in self._owners)
+
     def before_reading(self) -> None:
         """Fire DDP's forward pre-hooks of the modules that own home parameters: they wait for gathered parameters.
 

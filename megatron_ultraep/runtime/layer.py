@@ -35,7 +35,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_ultraep.layout import ExpertLayout
-from megatron_ultraep.runtime.planning import Planned, Planner
+from megatron_ultraep.runtime.planning import Foreseen, Planned, Planner
 from megatron_ultraep.runtime.slots import SlotPool
 from megatron_ultraep.runtime.stopwatch import Stopwatch
 from megatron_ultraep.runtime.transport import Homes, Parameters, Transport
@@ -46,13 +46,15 @@ class Experts(Protocol):
 
     home_parameters: Sequence[Parameters]
     fused_gradients: bool
+    awaits_parameters: bool
+    """Home parameters may be on their way still, so that reading them early would wait early."""
 
     def before_reading(self) -> None:
         """Wait until home parameters hold this step's values."""
         ...
 
     def __call__(self, weights: Sequence[Parameters], *inputs: torch.Tensor) -> torch.Tensor:
-        """Compute with ``weights[physical expert of this rank][parameter]``."""
+        """Compute with ``weights[physical expert of this rank][parameter]``; there are none of the last empty slots."""
         ...
 
 
@@ -67,7 +69,9 @@ class Call:
 
     planned: Planned
     trained: bool = True  # home parameters get gradients
+    placed: bool = False  # weights have been on their way to slots for it
     idle: bool = False  # the host knows that no rank has a replica: nothing travels
+    key: object = None  # of its micro-batch, where weights are placed ahead of backward
     # Identifies what lies in the slots; compared by identity.
     token: object = field(default_factory=object)
 
@@ -90,6 +94,37 @@ class _Link:
     sent: bool = False
 
 
+class Backwards:
+    """Calls whose backward is still to come, so that the weights of the next one can be placed ahead of it.
+
+    Backward goes through the layers of a micro-batch in the reverse order of forward. Where it does not (chunks of an
+    interleaved pipeline) weights are placed for a call that is not next, and once more when it is.
+    """
+
+    def __init__(self) -> None:
+        self._calls: dict[object, list[tuple[LayerBalancer, Call]]] = {}
+
+    def add(self, key: object, layer: LayerBalancer, call: Call) -> None:
+        """Note a call of a micro-batch whose forward runs now."""
+        self._calls.setdefault(key, []).append((layer, call))
+        call.key = key
+
+    def next_after(self, call: Call) -> tuple[LayerBalancer, Call] | None:
+        """The call before this one in forward; this one and those after it are forgotten."""
+        calls = self._calls.get(call.key, [])
+        if not any(each is call for _, each in calls):
+            return None
+        while calls.pop()[1] is not call:
+            pass
+        if not calls:
+            del self._calls[call.key]
+            return None
+        return calls[-1]
+
+    def clear(self) -> None:
+        self._calls.clear()
+
+
 class LayerBalancer:
     """Balances one layer on this rank.
 
@@ -104,6 +139,12 @@ class LayerBalancer:
         early: nobody looks at home gradients before backward has ended: with fused accumulation, home parameters then
             enter the experts themselves, and only the wait for the replicas' share is part of the graph. That spares
             the host an alias of every parameter.
+        foresee: the plan of the micro-batch that runs now, if it was made ahead.
+        backwards: shared by the layers of a model: weights of foreseen plans are placed ahead in backward too.
+
+    Attributes:
+        following: the next layer, where it has slots of its own: its weights are placed while this one's experts
+            compute, in backward this one's while those compute. Layers that share slots are placed beside attention.
     """
 
     def __init__(
@@ -117,8 +158,14 @@ class LayerBalancer:
         watch: Stopwatch,
         *,
         early: bool = False,
+        foresee: Callable[[], Foreseen | None] = lambda: None,
+        backwards: Backwards | None = None,
     ) -> None:
         self.early = early
+        self.foresee = foresee
+        self.backwards = backwards or Backwards()
+        self.following: LayerBalancer | None = None
+        self._alternates = False  # the layer before has other slots
         self.layout = layout
         self.experts = experts
         self.pool = pool
@@ -135,6 +182,11 @@ class LayerBalancer:
         self._trained = True
         self._call: Call | None = None
         self._combining: Call | None = None
+        self._ahead: Call | None = None
+
+    def alternate_with(self, following: LayerBalancer) -> None:
+        """Say that the next layer has slots of its own."""
+        self.following, following._alternates = following, True
 
     def begin(self) -> None:
         """Make the aliases of home parameters now: at the start of all that their gradients can hide behind.
@@ -154,6 +206,16 @@ class LayerBalancer:
             self._aliases = (token, *self._parameters)
         else:
             self._aliases = _Homes.apply(self, self._link, token, *self._parameters)  # type: ignore[no-untyped-call]
+        self.prefetch()
+
+    def prefetch(self) -> None:
+        """Place the weights of the micro-batch that runs now, if its plan is known. Slots must not be in use."""
+        foreseen = self.foresee()
+        if foreseen is None or not foreseen.filled or not foreseen.filled.replicas or self.experts.awaits_parameters:
+            return
+        if self._ahead is None or self._ahead.planned is not foreseen:
+            self._ahead = Call(foreseen)
+            self._place(self._ahead)
 
     def route(self, probs: torch.Tensor, routing_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Plan this micro-batch on its exact loads and reroute it.
@@ -169,9 +231,18 @@ class LayerBalancer:
         if self._aliases is None:
             self.begin()
         self.experts.before_reading()
-        planned = self.planner.plan(routing_map, self.transport, self.pool)
-        self._call = self._combining = Call(planned, self._trained)
-        self._place(self._call)
+        foreseen, ahead = self.foresee(), self._ahead
+        planned: Planned
+        if foreseen is None:
+            planned = self.planner.plan(routing_map, self.transport, self.pool)
+        else:
+            planned = self.planner.follow(foreseen, routing_map, self.transport.rank)
+        self._ahead = None
+        call = ahead if ahead is not None and ahead.planned is planned else Call(planned)
+        call.trained = self._trained
+        self._call = self._combining = call
+        if planned.filled is None or planned.filled.replicas:
+            self._place(call)
         self.observe(planned)
         return self.planner.reroute(planned, probs, routing_map)
 
@@ -212,12 +283,20 @@ class LayerBalancer:
         if self.experts.fused_gradients:
             self._prepare_fused(flat, () if link.direct else self._parameters)
         if call.idle:
-            self.transport.nothing_placed(self.pool)
-            return self.experts(weights, *inputs)
+            if call.placed:
+                self.transport.nothing_placed(self.pool)
+            output = self.experts(weights, *inputs)
+            if self.following is not None:
+                self.following.prefetch()
+            return output
         with self.watch("weights, forward"):
             self.transport.await_placed(call.planned, self.pool)
         output = self.experts(weights, *inputs)
         self.transport.weights_sent(self.pool)
+        if self.following is not None:
+            self.following.prefetch()
+        if isinstance(call.planned, Foreseen) and output.requires_grad:
+            self.backwards.add(call.planned.key, self, call)
         return _when_backward_comes(lambda: self._before_backward(call), output)
 
     def combined(self, output: torch.Tensor) -> torch.Tensor:
@@ -228,7 +307,7 @@ class LayerBalancer:
     def _place(self, call: Call) -> None:
         """Start to fill the slots with the replicas of this call, unless they hold them still."""
         if self.pool.holder is not call.token:
-            self.pool.holder = call.token
+            self.pool.holder, call.placed = call.token, True
             self.transport.place(call.planned, self.pool, self._weights)
 
     def _place_again(self, call: Call) -> None:
@@ -239,12 +318,21 @@ class LayerBalancer:
         self._place(call)
         with self.watch("weights, backward"):
             self.transport.await_placed(call.planned, self.pool)
+            if self._alternates:
+                self._place_next(call)
             if not call.trained:
                 self.transport.weights_sent(self.pool)
                 return
             self.transport.before_gradients(
                 call.planned, self.pool, self._gradient_dtype(), accumulate=self.experts.fused_gradients
             )
+
+    def _place_next(self, call: Call) -> None:
+        """Place the weights that backward needs next."""
+        following = self.backwards.next_after(call)
+        if following is not None:
+            layer, waiting = following
+            layer._place(waiting)
 
     def _send_home(self, link: _Link, slots: Sequence[torch.Tensor | None]) -> None:
         """Start the replicas' gradients home, if they go to ``main_grad`` (DDP's buffer).
@@ -255,6 +343,8 @@ class LayerBalancer:
                 fused.
         """
         self.transport.weights_sent(self.pool)
+        if link.call is not None and not self._alternates:  # the experts are done with the slots
+            self._place_next(link.call)
         missing = self.pool.slots * len(self.pool.shape.names) - len(slots)
         link.slots = (*slots, *(None,) * missing)
         targets = self._main_gradients()

@@ -1,6 +1,7 @@
 """Where the plan of a micro-batch comes from, and what the rest of a layer sees of it.
 
-Two planners, equal bit for bit:
+Plans may be there before the micro-batch is (:class:`Foreseen`); else one of two planners makes them, equal bit for
+bit:
 
 - :class:`HostPlanner`: loads go to the host, :func:`megatron_ultraep.plan.solve` plans there. Works everywhere; on a
   GPU the host waits for the loads.
@@ -20,7 +21,8 @@ import torch
 from megatron_ultraep.kernels import plan as plan_kernel
 from megatron_ultraep.kernels import reroute as reroute_kernel
 from megatron_ultraep.kernels.build import current_stream, library_of
-from megatron_ultraep.layout import ExpertLayout
+from megatron_ultraep.layout import ExpertLayout, MicroBatchKey
+from megatron_ultraep.plan.foresight import StepPlan
 from megatron_ultraep.plan.types import Plan, PlanSettings
 from megatron_ultraep.runtime import reroute
 from megatron_ultraep.runtime.slots import SlotPool
@@ -40,6 +42,13 @@ class Filled:
 
     replicas: int
     slots: int
+
+    @staticmethod
+    def of(layout: ExpertLayout, counts: torch.Tensor) -> Filled:
+        """From the counts of a rank on the host; see :class:`Splits`."""
+        last = 2 * layout.ranks + layout.experts_per_rank + layout.slots
+        tokens = counts[last - layout.slots : last].tolist()
+        return Filled(int(counts[-1]), max((slot + 1 for slot, some in enumerate(tokens) if some), default=0))
 
 
 class Planned(Protocol):
@@ -143,12 +152,51 @@ class Splits:
         if self._event is not None:
             self._event.synchronize()
             self._event, self._host = None, self._host.clone()  # the memory is for the next plan
-        layout = self._planned.layout
-        last = 2 * layout.ranks + layout.experts_per_rank + layout.slots
-        taken = self._host[last - layout.slots : last].tolist()
-        used = max((slot + 1 for slot, tokens in enumerate(taken) if tokens), default=0)
-        self._planned.filled = Filled(int(self._host[-1]), used)
+        if self._planned.filled is None:
+            self._planned.filled = Filled.of(self._planned.layout, self._host)
         return self._host
+
+
+class Foreseen:
+    """One micro-batch of one layer, planned ahead.
+
+    Args:
+        key: of the micro-batch.
+        step, microbatch, layer: where the plan comes from.
+        replica_expert: int64 ``[G, R]`` on the device.
+        table: int32 ``[E, 3 + 2 C]`` on the device: by what this rank reroutes.
+        counts, host: see :class:`Splits`.
+        seen: int64 ``[E]`` on the device: what this rank's router did is written there.
+    """
+
+    def __init__(
+        self,
+        key: MicroBatchKey,
+        step: StepPlan,
+        microbatch: int,
+        layer: int,
+        replica_expert: torch.Tensor,
+        table: torch.Tensor,
+        counts: torch.Tensor,
+        host: torch.Tensor,
+        seen: torch.Tensor,
+    ) -> None:
+        self.key = key
+        self.layout: ExpertLayout = step.layouts[layer]
+        self.replica_expert, self.table, self.seen = replica_expert, table, seen
+        self.counts, self.host = counts, host
+        self.used = False
+        self.filled: Filled | None = Filled.of(self.layout, host)
+        self._where = (step, microbatch, layer)
+
+    @property
+    def bytes(self) -> int:
+        return 0
+
+    @cached_property
+    def plan(self) -> Plan:
+        step, microbatch, layer = self._where
+        return step.plan(microbatch, layer)
 
 
 class PlanBatch:
@@ -213,10 +261,20 @@ class Planner(Protocol):
         """
         ...
 
+    def follow(self, foreseen: Foreseen, routing_map: torch.Tensor, rank: int) -> Planned:
+        """Take a plan that was made ahead; communicates nothing.
+
+        Args:
+            foreseen: of this micro-batch; it is told what the router did.
+            routing_map: as for :meth:`plan`.
+            rank: this rank in the expert-parallel group.
+        """
+        ...
+
     def reroute(
         self, planned: Planned, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Send each (token, expert) pair to a copy, for the last plan of :meth:`plan`.
+        """Send each (token, expert) pair to a copy, for the last plan of :meth:`plan` or :meth:`follow`.
 
         Args:
             planned: that plan.
@@ -229,7 +287,7 @@ class Planner(Protocol):
         ...
 
     def splits(self, planned: Planned) -> Splits:
-        """What this rank's dispatcher counts, for the last plan of :meth:`plan`."""
+        """What this rank's dispatcher counts, for the last plan of :meth:`plan` or :meth:`follow`."""
         ...
 
 
@@ -257,6 +315,12 @@ class HostPlanner:
         with self._watch("plan"):
             return HostPlanned(self.solve(loads, self.layout), routing_map.device)
 
+    def follow(self, foreseen: Foreseen, routing_map: torch.Tensor, rank: int) -> Planned:
+        self._source = rank
+        foreseen.seen.copy_(routing_map.sum(0))
+        foreseen.used = True
+        return foreseen
+
     def reroute(
         self, planned: Planned, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -265,6 +329,8 @@ class HostPlanner:
             return reroute.reroute(probs, routing_map, table, topk=self.topk, physical=_physical(self.layout))
 
     def splits(self, planned: Planned) -> Splits:
+        if isinstance(planned, Foreseen):
+            return Splits(planned, planned.counts, planned.host)
         host = torch.from_numpy(splits_of(planned.plan, self._source))
         return Splits(planned, host.to(planned.replica_expert.device, non_blocking=True), host)
 
@@ -304,6 +370,13 @@ class DevicePlanner:
         self._before, self._table = counts.before, made.table
         return DevicePlanned(self.layout, made)
 
+    def follow(self, foreseen: Foreseen, routing_map: torch.Tensor, rank: int) -> Planned:
+        with self._watch("loads"):
+            counts = reroute_kernel.count(routing_map, foreseen.seen)
+        foreseen.used = True
+        self._before, self._table = counts.before, foreseen.table
+        return foreseen
+
     def reroute(
         self, planned: Planned, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -315,6 +388,8 @@ class DevicePlanner:
             return reroute_kernel.reroute(probs, routing_map, before, table, _physical(self.layout))
 
     def splits(self, planned: Planned) -> Splits:
+        if isinstance(planned, Foreseen):
+            return Splits(planned, planned.counts, planned.host)
         assert isinstance(planned, DevicePlanned)
         layout, device = self.layout, planned.replica_expert.device
         width = layout.experts_per_rank + layout.slots

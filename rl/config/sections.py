@@ -187,6 +187,7 @@ class BalanceSection(Section):
     min_tokens: int = Field(1024, description=option_help("min_tokens"))
     tolerance: float = Field(0.01, description=option_help("tolerance"))
     gate: bool = Field(True, description=option_help("gate"))
+    slot_sets: int = Field(1, description=option_help("slot_sets"))
     token_ns: int = Field(0, description=option_help("token_ns"))
     copy_ns_per_mib: int = Field(0, description=option_help("copy_ns_per_mib"))
     transport: Literal["auto", "collective", "symmetric"] = Field("auto", description=option_help("transport"))

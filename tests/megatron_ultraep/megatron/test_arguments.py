@@ -19,6 +19,7 @@ WORDS = {
     "min_tokens": (["--ultraep-min-tokens=7"], 7),
     "tolerance": (["--ultraep-tolerance", "0.5"], 0.5),
     "gate": (["--no-ultraep-gate"], False),
+    "slot_sets": (["--ultraep-slot-sets", "2"], 2),
     "token_ns": (["--ultraep-token-ns", "80"], 80),
     "copy_ns_per_mib": (["--ultraep-copy-ns-per-mib", "9000"], 9000),
     "transport": (["--ultraep-transport", "collective"], "collective"),

@@ -2,12 +2,15 @@
 
 import contextlib
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_ultraep.layout import ExpertLayout
+from megatron_ultraep.layout import ExpertLayout, MicroBatchKey
 from megatron_ultraep.plan import PlanSettings, solve
+from megatron_ultraep.plan.foresight import solve_step
 from megatron_ultraep.runtime import choose
+from megatron_ultraep.runtime.foresight import Foresight
 from megatron_ultraep.runtime.layer import LayerBalancer
 from megatron_ultraep.runtime.planning import DevicePlanner, HostPlanner
 from megatron_ultraep.runtime.slots import ExpertShape
@@ -57,12 +60,15 @@ class Linears:
         parameter.grad_added_to_main_grad = False
         self.when_ready[parameter] = parameter.main_grad.clone()
 
+    awaits_parameters = False
+
     def before_reading(self):
         pass
 
     def __call__(self, weights, *pieces):
         multiply = Accumulating.apply if self.fused_gradients else lambda x, w: x @ w.t()
-        return torch.cat([multiply(x, w) for x, (w,) in zip(pieces, weights, strict=True)])
+        assert not any(len(x) for x in pieces[len(weights) :]), "tokens of a slot that is not computed"
+        return torch.cat([multiply(x, w) for x, (w,) in zip(pieces, weights, strict=False)])
 
 
 @contextlib.contextmanager
@@ -84,8 +90,20 @@ def gathered(tensor):
     return torch.cat(out)
 
 
-def train(transport, *, fused, main_grad, early, micro_batches=3):
-    """Largest error of this rank's home gradients after some micro-batches, of outputs, and how many replicas."""
+def routing_map_of(layout, ranks, number):
+    """Of the tokens of all ranks in one micro-batch; hot experts first."""
+    generator = torch.Generator().manual_seed(1000 + number)
+    bias = torch.linspace(2.0, 0.0, layout.experts)
+    choice = (torch.rand(ranks * TOKENS, layout.experts, generator=generator) + bias).topk(2, dim=1).indices
+    return torch.zeros(ranks * TOKENS, layout.experts, dtype=torch.bool).scatter_(1, choice, True)
+
+
+def train(transport, *, fused, main_grad, early, foresight=False, micro_batches=3):
+    """Largest error of this rank's home gradients after some micro-batches, of outputs, and how many replicas.
+
+    Args:
+        foresight: plans are made before the micro-batches, weights placed when a layer begins.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     layout = ExpertLayout(experts=3 * ranks, ranks=ranks, slots=2, home_slot=tuple(reversed(range(3 * ranks))))
     made = choose.make_transport(
@@ -102,7 +120,18 @@ def train(transport, *, fused, main_grad, early, micro_batches=3):
     else:
         planner = HostPlanner(layout, 2, lambda loads, where: solve(loads, where, SETTINGS), watch)
     seen = []
-    layer = LayerBalancer(layout, experts, pool, made, planner, seen.append, watch, early=early)
+    ahead = Foresight(rank, device)
+    running = []
+    layer = LayerBalancer(
+        layout, experts, pool, made, planner, seen.append, watch, early=early,
+        foresee=lambda: ahead.take(running[-1], 1) if running else None,
+    )  # fmt: skip
+    if foresight:
+        maps = [routing_map_of(layout, ranks, number) for number in range(micro_batches)]
+        loads = np.stack([m.reshape(ranks, TOKENS, -1).sum(1).numpy() for m in maps])
+        step = solve_step(loads[:, None], [layout], SETTINGS)
+        keys = [MicroBatchKey("model", "train", 0, number) for number in range(micro_batches)]
+        ahead.set(step, keys, {1: layout}, {1: 0})
     width = layout.experts_per_rank + layout.slots
     expected = torch.zeros_like(every)
     wrong = 0.0
@@ -110,10 +139,10 @@ def train(transport, *, fused, main_grad, early, micro_batches=3):
         generator.manual_seed(100 + number)
         x = torch.randn(ranks * TOKENS, HIDDEN, dtype=DTYPE, generator=generator).to(device)
         g = torch.randn(ranks * TOKENS, OUT, dtype=DTYPE, generator=generator).to(device)
-        bias = torch.linspace(2.0, 0.0, layout.experts)
-        routing_map = torch.zeros(ranks * TOKENS, layout.experts, dtype=torch.bool)
-        choice = (torch.rand(ranks * TOKENS, layout.experts, generator=generator) + bias).topk(2, dim=1).indices
-        routing_map = routing_map.scatter_(1, choice, True).to(device)
+        routing_map = routing_map_of(layout, ranks, number).to(device)
+        if foresight:
+            running.append(keys[number])
+            layer.begin()
         probs = routing_map.to(DTYPE) * 0.5
         mine = slice(rank * TOKENS, (rank + 1) * TOKENS)
         with no_waiting(number and transport == "symmetric"):
@@ -136,6 +165,8 @@ def train(transport, *, fused, main_grad, early, micro_batches=3):
         found = parameter.main_grad if main_grad else parameter.grad
         wrong = max(wrong, float((found - expected[expert]).abs().max()))
     replicas = sum(len(each.plan.replicas) for each in seen)
+    if foresight:
+        ahead.check()
     made.close()
     # With overlapped reduction whoever looks when a gradient is ready must find it complete.
     complete = [

@@ -23,6 +23,14 @@ def test_gradients(device_ranks, way, transport):
             assert all(difference <= 1e-12 for difference in complete), "handed on before the replicas' share was added"
 
 
+@pytest.mark.parametrize("transport", ["collective", "symmetric"])
+@pytest.mark.parametrize("way", ["fused, home parameters themselves", "main gradients", "no main gradients"])
+def test_plans_made_ahead(device_ranks, way, transport):
+    for wrong, replicas, _ in device_ranks(2).run(layer_ranks.train, transport, foresight=True, **WAYS[way]):
+        assert wrong <= 1e-12
+        assert replicas > 0
+
+
 def test_three_ranks(ranks):
     for wrong, replicas, _ in ranks(3).run(layer_ranks.train, "symmetric", **WAYS["fused, home parameters themselves"]):
         assert wrong <= 1e-12
