@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_ultraep.megatron import compat
+from megatron_ultraep.megatron.checkpoint import local_experts
 from rl.models.architecture import Architecture
 from rl.models.builder import BuiltModel, chunk_layers, padded_vocabulary
 from rl.models.hf_files import ModelFiles, ModelWriter
@@ -33,17 +35,23 @@ class LocalParameter:
 
 def local_parameters(model: BuiltModel) -> list[LocalParameter]:
     """This rank's parameters in layer order; a tied output layer is left out, its values are the embedding's."""
-    where = model.groups.coordinates
-    experts = model.expert_layout.experts_of(where["ep"]) if model.expert_layout else ()
     found = []
     for chunk in model.chunks:
         layers = chunk_layers(model.arch, model.groups, getattr(chunk, "vp_stage", None))
         layer_of = dict(enumerate(layers))
+        experts_of = _local_experts(chunk)
         for name, parameter in chunk.named_parameters():
+            experts = next((some for prefix, some in experts_of.items() if name.startswith(prefix)), ())
             entry = logical(name, model.arch, layer_of=layer_of, experts=experts)
             if entry is not None:
                 found.append(LocalParameter(entry, parameter, name))
     return sorted(found, key=lambda p: p.logical.key)
+
+
+def _local_experts(chunk: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """The logical experts of each MoE layer here, in the order of its local experts, by the prefix of its names."""
+    kind = compat.moe_layer_class()
+    return {f"{name}.": local_experts(layer) for name, layer in chunk.named_modules() if isinstance(layer, kind)}
 
 
 def _expert_or_dense(model: BuiltModel, entry: Logical) -> tuple[int, int, dist.ProcessGroup, bool]:

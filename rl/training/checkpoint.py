@@ -4,6 +4,10 @@ A checkpoint loads under another layout (other TP, PP, EP, DP) as long as the op
 not go from 1 to more or back, where Megatron chains one optimizer or two. Random states are then not restored, which
 only matters to dropout, and this project has none.
 
+Experts are written in logical order wherever they live (see :mod:`megatron_ultraep.megatron.checkpoint`), so a
+checkpoint says nothing of homes: a run resumes with experts where they are when it loads, at first where Megatron has
+them.
+
 Directories appear whole: ranks write into ``<name>.partial``, and :func:`publish` renames it when all have.
 """
 

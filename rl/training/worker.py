@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +22,10 @@ import torch.distributed as dist
 from megatron_ultraep.config import BalanceConfig
 from megatron_ultraep.layout import MicroBatch, Pass
 from megatron_ultraep.megatron import compat, microbatch
-from megatron_ultraep.megatron.attach import Balancer, attach
+from megatron_ultraep.megatron.attach import Balancer, attach, moe_layers
+from megatron_ultraep.megatron.checkpoint import home_slot_of
 from megatron_ultraep.megatron.groups import ParallelLayout, create_groups
+from megatron_ultraep.megatron.migrate import MoveGroup, MoveReport, make_move_group, move_experts
 from megatron_ultraep.megatron.router_replay import RoutingReplay
 from rl.algorithms.losses import Normaliser, PolicyLossConfig, PolicyTokens, policy_loss
 from rl.models.architecture import read_architecture
@@ -214,6 +216,7 @@ class TrainWorker:
             load_weights(self.reference, spec.model_path)
             self.runners["reference"] = PassRunner(self.reference, self._replay_of(self.reference), routes)
         self.balancer = self._balance()
+        self._move_group: MoveGroup | None = None
 
     def _replay_of(self, model: BuiltModel) -> RoutingReplay | None:
         return RoutingReplay(model.chunks, model.arch.moe_layer_of()) if model.arch.is_moe else None
@@ -281,9 +284,7 @@ class TrainWorker:
         self, batch: MiniBatch, step: int, objective: Objective
     ) -> tuple[float, dict[str, float], RouteReport]:
         """Forward and backward of one mini-batch, gradients reduced and left in ``main_grad``."""
-        for chunk in self.actor.wrapped:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self._empty_gradients()
         runner = self.runners["actor"]
 
         def per_micro_batch(logits: torch.Tensor, packed: PackedTensors, micro_batch: MicroBatch) -> Any:
@@ -338,11 +339,50 @@ class TrainWorker:
             balance=self.balancer.metrics() if self.balancer is not None and self.groups.coordinates["ep"] == 0 else {},
         )
 
+    def reorder(self, homes: Mapping[int, Sequence[int]], *, limit_bytes: int = 256 * 2**20) -> MoveReport:
+        """Move the actor's experts to new homes, with all that the optimizer knows of them; between steps.
+
+        Collective over all ranks. Nothing else of the trainer notices: losses, exported weights and checkpoints are by
+        logical expert. The reference stays as it is.
+
+        Args:
+            homes: ``{Megatron's layer number: [experts] home slots}``, the same on every rank; layers left out stay.
+            limit_bytes: most bytes staged on a rank at once.
+
+        Raises:
+            ValueError: without balancing, or homes that are none.
+            Unsupported: an optimizer whose states cannot be moved.
+            TornStateError: when it failed half-way.
+        """
+        if self.balancer is None:
+            raise ValueError("only balanced layers send tokens to experts that changed their homes: enable balancing")
+        self._empty_gradients()
+        if self._move_group is None:
+            self._move_group = make_move_group(
+                self.actor.wrapped, self.optimizer, self.groups.collection, timeout_s=self.spec.collective_s
+            )
+        report = move_experts(self.actor.wrapped, self.optimizer, homes, self._move_group, limit_bytes=limit_bytes)
+        self.balancer.rehome({number: tuple(home_slot) for number, home_slot in homes.items()})
+        return report
+
+    def _empty_gradients(self) -> None:
+        for chunk in self.actor.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def _send_experts_back(self) -> None:
+        """All experts to where Megatron has them."""
+        layers = moe_layers(self.actor.chunks)
+        away = [layer for layer in layers if home_slot_of(layer) != tuple(range(layer.config.num_moe_experts))]
+        if away:
+            self.reorder({int(layer.layer_number): tuple(range(layer.config.num_moe_experts)) for layer in away})
+
     def end_warmup(self) -> None:
         """Forget the optimizer's moments, go back to the schedule; the reference takes today's weights."""
         reset_optimizer_state(self.optimizer)
         self.scheduler.step(increment=0)
         if self.reference is not None:
+            self._send_experts_back()  # the reference has never moved
             with torch.no_grad():
                 for mine, theirs in zip(self.actor.chunks, self.reference.chunks, strict=True):
                     for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from megatron_ultraep.layout import ExpertLayout
+from megatron_ultraep.megatron.attach import moe_layers
+from megatron_ultraep.megatron.checkpoint import set_home_slot
 from megatron_ultraep.megatron.groups import ParallelLayout, create_groups
 from rl.models import tiny
 from rl.models.architecture import architecture, read_architecture
@@ -51,7 +52,8 @@ def build(directory, layout, dtype="float32", permutation=None):
     groups = create_groups(ParallelLayout(world=dist.get_world_size(), **layout), timeout_s=60)
     model = build_model(read_architecture(directory), groups, dtype=getattr(torch, dtype))
     if permutation:
-        model.expert_layout = ExpertLayout(model.arch.experts, groups.layout.ep, permutation)
+        for layer in moe_layers(model.chunks):
+            set_home_slot(layer, permutation)
     return model
 
 
