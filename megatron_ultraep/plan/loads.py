@@ -9,7 +9,9 @@ token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,8 @@ Histogram = npt.NDArray[np.integer]
 
 Rows = tuple[str, int, int]
 """Sample id, first row of the sample, number of rows."""
+
+_Piece = tuple[str, int, int, bool]  # the same, and whether that is all of the sample
 
 
 def needed_counts(batch: BatchLayout, sources: Sequence[tuple[int, int]], tp_size: int) -> list[Rows]:
@@ -36,8 +40,9 @@ def needed_counts(batch: BatchLayout, sources: Sequence[tuple[int, int]], tp_siz
         ValueError: rows of a micro-batch that ``tp_size`` does not divide.
     """
     found = set()
-    for _, _, _, pieces, _ in _windows(batch, sources, tp_size):
-        found |= {(sample, first, rows) for sample, first, rows, whole in pieces if not whole}
+    for of_source in _windows(batch, sources, tp_size):
+        for pieces, _ in of_source:
+            found |= {(sample, first, rows) for sample, first, rows, whole in pieces if not whole}
     return sorted(found)
 
 
@@ -49,6 +54,7 @@ def step_loads(
     topk: int,
     tp_size: int = 1,
     counted: Mapping[Rows, Histogram] | None = None,
+    threads: int | None = None,
 ) -> Array:
     """Tokens that each expert-parallel rank will route to each expert, in every micro-batch and MoE layer.
 
@@ -59,6 +65,7 @@ def step_loads(
         topk: experts per token, for padding.
         tp_size: sequence-parallel size; tensor-parallel rank t sees the t-th part of a micro-batch's rows.
         counted: int ``[N, E]`` of the runs of rows that :func:`needed_counts` names.
+        threads: that add up side by side; None: one for each core of this process.
 
     Returns:
         int64 ``[M, N, G, E]``.
@@ -78,42 +85,47 @@ def step_loads(
                 "is planned from exact loads"
             )
         _check(histograms[name], layers, experts, f"sample {name}")
-    counted = counted or {}
+    pieces_of = _windows(batch, sources, tp_size)
     out: Array = np.zeros((batch.num_microbatches, layers, len(sources), experts), dtype=np.int64)
-    for microbatch, source, rank, pieces, padding in _windows(batch, sources, tp_size):
-        loads = out[microbatch, :, source]
-        for sample, first, rows, whole in pieces:
-            if whole:
-                loads += histograms[sample]
-                continue
-            part = counted.get((sample, first, rows))
-            if part is None:
-                raise ValueError(
-                    f"expected counts of rows {first}..{first + rows - 1} of sample {sample}, which tensor-parallel "
-                    f"rank {rank[1]} of data-parallel rank {rank[0]} sees in micro-batch {microbatch}, got none: "
-                    "count the rows that needed_counts names where they are held"
-                )
-            _check(part, layers, experts, f"rows {first}..{first + rows - 1} of sample {sample}")
-            loads += part
-        if padding:
-            loads += _padding_loads(padding, layers, experts, topk)
+
+    def add_source(source: int) -> None:
+        for microbatch, (pieces, padding) in enumerate(pieces_of[source]):
+            loads = out[microbatch, :, source]
+            for sample, first, rows, whole in pieces:
+                if whole:
+                    loads += histograms[sample]
+                    continue
+                part = counted.get((sample, first, rows)) if counted else None
+                if part is None:
+                    data_rank, tensor_rank = sources[source]
+                    raise ValueError(
+                        f"expected counts of rows {first}..{first + rows - 1} of sample {sample}, which tensor-"
+                        f"parallel rank {tensor_rank} of data-parallel rank {data_rank} sees in micro-batch {microbatch}, "
+                        "got none: count the rows that needed_counts names where they are held"
+                    )
+                _check(part, layers, experts, f"rows {first}..{first + rows - 1} of sample {sample}")
+                loads += part
+            if padding:
+                loads += _padding_loads(padding, layers, experts, topk)
+
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(add_source, range(len(sources))))
     return out
 
 
 def _windows(
     batch: BatchLayout, sources: Sequence[tuple[int, int]], tp_size: int
-) -> Iterator[tuple[int, int, tuple[int, int], list[tuple[str, int, int, bool]], range]]:
-    """What each expert-parallel rank sees: micro-batch, number and place of the rank, pieces of samples, padding rows.
-
-    A piece is ``(sample, first row, rows, whether that is all of the sample)``.
-    """
+) -> list[list[tuple[list[_Piece], range]]]:
+    """What each expert-parallel rank sees in each micro-batch: pieces of samples, and padding rows."""
+    found = []
     for source, (data_rank, tensor_rank) in enumerate(sources):
         if not (0 <= data_rank < batch.data_parallel and 0 <= tensor_rank < tp_size):
             raise ValueError(
                 f"expected sources of {batch.data_parallel} data-parallel and {tp_size} tensor-parallel ranks, got "
                 f"{(data_rank, tensor_rank)} for expert-parallel rank {source}"
             )
-        for microbatch, content in enumerate(batch.micro_batches[data_rank]):
+        of_source = []
+        for content in batch.micro_batches[data_rank]:
             window = router_rows(content.rows, tp_rank=tensor_rank, tp_size=tp_size)
             pieces = []
             for segment in content.segments:
@@ -122,8 +134,9 @@ def _windows(
                     first, rows, _ = place
                     whole = rows == batch.sample_rows[segment.sample]
                     pieces.append((batch.sample_ids[segment.sample], first, rows, whole))
-            padding = range(max(content.used, window.start), window.stop)
-            yield microbatch, source, (data_rank, tensor_rank), pieces, padding
+            of_source.append((pieces, range(max(content.used, window.start), window.stop)))
+        found.append(of_source)
+    return found
 
 
 def _padding_loads(rows: range, layers: int, experts: int, topk: int) -> Array:
