@@ -154,7 +154,7 @@ def _check_extents(group: MoveGroup) -> None:
 
 def _tell(chunks: torch.nn.Module | Sequence[torch.nn.Module], optimizer: Any, groups: Any) -> _Told:
     layers = moe_layers(chunks)
-    numbers = tuple(int(layer.layer_number) for layer in layers)
+    numbers = tuple(int(layer.layer_number or 0) for layer in layers)
     problems = refusals_of(optimizer)
     if len(set(numbers)) != len(numbers):
         problems.append(f"expected MoE layers of different numbers, got {numbers}")
@@ -245,7 +245,7 @@ def move_experts(
         raise ValueError(f"expected homes of the MoE layers {sorted(group.every_layer)}, got some of {unknown}")
     if group.group is None:
         return MoveReport(0, 0, 0, time.perf_counter() - started)
-    layers = {int(layer.layer_number): layer for layer in moe_layers(chunks)}
+    layers = {int(layer.layer_number or 0): layer for layer in moe_layers(chunks)}
     least = 2 * 8 * max(map(_width, layers.values()))
     if limit_bytes < least:
         raise ValueError(f"expected limit_bytes >= {least}, an element of every expert of a rank, got {limit_bytes}")
@@ -434,5 +434,8 @@ class _Exchange:
         return dist.P2POp(what, data, self._group.ranks[rank], group=self._group.group)
 
     def finish(self) -> None:
-        """All ranks have written everything."""
-        dist.all_reduce(torch.zeros(1, device=self._device), group=self._group.group)
+        """Wait until all ranks have written everything."""
+        written = torch.ones(1, device=self._device)
+        dist.all_reduce(written, group=self._group.group)
+        if written.item() != len(self._group.ranks):
+            raise RuntimeError(f"expected {len(self._group.ranks)} ranks to have written, got {written.item():g}")
