@@ -1,5 +1,7 @@
 """``ultraep-plan``: what balancing would do for the routes of a trace, or the loads of a run, on chosen layouts.
 
+With ``--step``, all of a trace is one training step, planned ahead: experts reordered for it, then replicas.
+
 Nothing is trained and nothing is timed: loads are counted, plans are made, and the speed-up is predicted from them.
 
 Exit codes: 0 all is well, 2 a wrong command line or input.
@@ -19,12 +21,15 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ultraep.layout import ExpertLayout
+from megatron_ultraep.plan.reorder import ReorderSettings
 from megatron_ultraep.plan.types import Costs, PlanSettings, imbalance
 from megatron_ultraep.replay import RoutingTrace
 from megatron_ultraep.telemetry.blocks import Shape
 from megatron_ultraep.telemetry.metrics import REASONS
 from megatron_ultraep.telemetry.records import LoadRecord, Records
-from megatron_ultraep.telemetry.view import add_layout_options, check_options, make_layout
+from megatron_ultraep.telemetry.step import plan_trace, summary
+from megatron_ultraep.telemetry.step import table as step_table
+from megatron_ultraep.telemetry.view import add_layout_options, check_options, make_layout, step_page, write_page
 from megatron_ultraep.telemetry.whatif import (
     Case,
     evenly,
@@ -42,6 +47,13 @@ FORMULA = (
     "--token-ns and --copy-ns-per-mib the time to copy is added after balancing, as if nothing hid it, and the gate "
     "leaves a node alone where copying costs more than it saves; without them copying is free. Traffic is replicas "
     "times (2 x --expert-bytes + --gradient-bytes): weights in forward and again in backward, gradients home."
+)
+
+STEP_FORMULA = (
+    "For a trace, on one layout. Imbalances are the busiest rank's tokens over the mean of all ranks, both summed over "
+    "micro-batches. Times are --token-ns times the busiest rank's tokens; copying and moving are counted apart, as if "
+    "nothing hid them, and an expert moves only where that pays within --horizon steps. Without times moving is free, "
+    "and many experts move."
 )
 
 
@@ -197,6 +209,31 @@ def make_parser() -> argparse.ArgumentParser:
         help="most (micro-batch, layer) to plan for a layout, evenly spaced over all (default: 2000)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as JSON, too")
+    step = parser.add_argument_group("a step, planned ahead", STEP_FORMULA)
+    step.add_argument(
+        "--step",
+        action="store_true",
+        help="take all of the trace for one step: choose its experts' homes, then replicas for every micro-batch; "
+        "prints imbalance, bytes and predicted time of each layer",
+    )
+    step.add_argument("--compose", action="store_true", help="choose which samples share a micro-batch by their loads")
+    step.add_argument(
+        "--state-bytes",
+        type=int,
+        metavar="BYTES",
+        help="what moves with an expert of one layer: weights, main parameters, moments (default: 7 x --expert-bytes, "
+        "which is 16-bit weights with three 32-bit states)",
+    )
+    step.add_argument(
+        "--cross-ns-per-mib",
+        type=int,
+        metavar="NS",
+        help="time to move 1 MiB to a rank of another node (default: 8 x --copy-ns-per-mib)",
+    )
+    step.add_argument(
+        "--horizon", type=int, default=1, metavar="STEPS", help="steps within which a move must pay (default: 1)"
+    )
+    step.add_argument("--html", type=Path, metavar="FILE", help="write the step's page, too; see ultraep-view")
     return parser
 
 
@@ -207,12 +244,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_options(parser, options)
     if bool(options.token_ns) != bool(options.copy_ns_per_mib) or (options.token_ns and not options.expert_bytes):
         parser.error("--token-ns, --copy-ns-per-mib and --expert-bytes: the gate needs all three, give them together")
-    for name in ("expert_bytes", "gradient_bytes", "token_ns", "copy_ns_per_mib"):
+    for name in ("expert_bytes", "gradient_bytes", "token_ns", "copy_ns_per_mib", "state_bytes", "cross_ns_per_mib"):
         if (getattr(options, name) or 0) < 0:
             parser.error(f"--{name.replace('_', '-')}: expected 0 or more, got {getattr(options, name)}")
     if options.most_plans < 1:
         parser.error(f"--most-plans: expected at least 1, got {options.most_plans}")
+    if not options.step:
+        given = [name for name in ("compose", "state_bytes", "cross_ns_per_mib", "html") if getattr(options, name)]
+        if given:
+            parser.error(f"--{given[0].replace('_', '-')}: is for a step planned ahead, give --step too")
     try:
+        if options.step:
+            _plan_step(options)
+            return 0
         results = list(_results(options))
         if options.json:
             content = {"input": str(options.input), "formula": FORMULA, "results": [asdict(r) for r in results]}
@@ -224,8 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _results(options: argparse.Namespace) -> Iterator[Result]:
-    """Results of all layouts asked for; prints how the input was split."""
+def _settings(options: argparse.Namespace) -> tuple[PlanSettings, int]:
+    """Settings of the planner, and bytes that one replica moves."""
     replica_bytes = 2 * options.expert_bytes + (
         2 * options.expert_bytes if options.gradient_bytes is None else options.gradient_bytes
     )
@@ -233,10 +277,61 @@ def _results(options: argparse.Namespace) -> Iterator[Result]:
     if options.token_ns:
         costs = Costs(
             token_ps=1000 * options.token_ns,
-            copy_ps_per_kib=-(-1000 * options.copy_ns_per_mib // 1024),
+            copy_ps_per_kib=_ps_per_kib(options.copy_ns_per_mib),
             replica_bytes=replica_bytes,
         )
-    settings = PlanSettings(options.min_tokens, round(options.tolerance * 1_000_000), costs)
+    return PlanSettings(options.min_tokens, round(options.tolerance * 1_000_000), costs), replica_bytes
+
+
+def _ps_per_kib(ns_per_mib: int) -> int:
+    return -(-1000 * ns_per_mib // 1024)
+
+
+def _plan_step(options: argparse.Namespace) -> None:
+    """Plan a trace as one step; prints its table and writes what was asked for."""
+    settings, replica_bytes = _settings(options)
+    trace = open_input(options.input)
+    if isinstance(trace, Records):
+        raise ValueError(
+            f"--step: expected a routing trace, since a step is planned from routes; {options.input} is a run"
+        )
+    layouts = _layouts(options, trace.experts, [], [0], DEFAULT_SLOTS)
+    if len(layouts) != 1:
+        raise ValueError(
+            f"--step: expected one layout, got {len(layouts)}: give --ep and at most one of each other option"
+        )
+    cross = 8 * options.copy_ns_per_mib if options.cross_ns_per_mib is None else options.cross_ns_per_mib
+    moving = ReorderSettings(
+        token_ps=1000 * options.token_ns or 1,  # without costs moving is free, and only tokens count
+        expert_bytes=7 * options.expert_bytes if options.state_bytes is None else options.state_bytes,
+        node_ps_per_kib=_ps_per_kib(options.copy_ns_per_mib),
+        cross_ps_per_kib=_ps_per_kib(cross),
+        horizon=options.horizon,
+    )
+    preview = plan_trace(
+        trace,
+        layouts[0],
+        settings,
+        moving,
+        replica_bytes=replica_bytes,
+        tokens_per_micro_batch=options.tokens_per_microbatch,
+        composing=options.compose,
+    )
+    timed = bool(options.token_ns)
+    if options.json:
+        content = {"input": str(options.input), "layout": Shape.of(layouts[0])._asdict(), **preview.as_json()}
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
+    if options.html:
+        write_page(options.html, step_page(preview, Path(options.input).name, timed=timed))
+    first, *rest = summary(preview, timed=timed)
+    print(first)
+    print(step_table(preview, timed=timed, sized=bool(options.expert_bytes)))
+    print("\n" + "\n".join(rest) + "\npredicted, not measured; how: ultraep-plan --help")
+
+
+def _results(options: argparse.Namespace) -> Iterator[Result]:
+    """Results of all layouts asked for; prints how the input was split."""
+    settings, replica_bytes = _settings(options)
     source = open_input(options.input)
     if isinstance(source, Records):
         found = list(source.evenly(options.most_plans))

@@ -18,6 +18,7 @@ from megatron_ultraep.plan.types import PlanSettings
 from megatron_ultraep.replay import RoutingTrace
 from megatron_ultraep.telemetry.page import Collector, collect, render
 from megatron_ultraep.telemetry.records import Records
+from megatron_ultraep.telemetry.step import StepPreview, blocks, summary
 from megatron_ultraep.telemetry.whatif import open_input, pack_trace, plan_blocks, trace_cases
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -53,9 +54,18 @@ def trace_page(
     return _page(collector, title, facts=facts, source="trace")
 
 
-def _page(collector: Collector, title: str, **details: Any) -> str:
+def step_page(preview: StepPreview, title: str, *, timed: bool) -> str:
+    """The page of a step that was planned ahead; ``timed``: its times are real."""
+    first, *text = summary(preview, timed=timed)
+    facts = [first, "planned from a trace; nothing was trained or timed"]
+    figures = {"layers": preview.as_json()["layers"], "text": text, "timed": timed}
+    collector = collect(blocks(preview), axis="micro-batch")
+    return _page(collector, title, {"step": figures}, facts=facts, source="trace")
+
+
+def _page(collector: Collector, title: str, more: Mapping[str, Any] | None = None, **details: Any) -> str:
     template, css, js = ((_TEMPLATES / name).read_text() for name in ("view.html", "view.css", "view.js"))
-    return render(collector.data(title, **details), template, css, js)
+    return render(collector.data(title, **details) | dict(more or {}), template, css, js)
 
 
 def _meta_facts(meta: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -159,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_options(parser, options)
     try:
         page, output = _make(options)
-        _write(options.out or output, page)
+        write_page(options.out or output, page)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"wrote {options.out or output} ({len(page.encode()) / 1e6:.1f} MB)")
@@ -189,7 +199,7 @@ def _make(options: argparse.Namespace) -> tuple[str, Path]:
     return page, path.with_suffix(".html")
 
 
-def _write(path: Path, page: str) -> None:
+def write_page(path: Path, page: str) -> None:
     """Replace a file in one step, so that a broken-off run leaves the old page."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -307,6 +307,52 @@ function drawRanks(record, colour) {
   return svg;
 }
 
+// ---- a step that was planned ahead: layers from left to right
+
+const STAGES = {
+  before: ["homes as they are, no replicas", "before"],
+  kept: ["homes as they are, with replicas", "kept"],
+  reordered: ["experts reordered, no replicas", "moved"],
+  after: ["experts reordered, with replicas", "after"],
+};
+function drawStep() {
+  if (!data.step) return;
+  $("step").hidden = false;
+  const layers = data.step.layers, stages = Object.keys(STAGES), n = layers.length;
+  const left = 48, right = 12, h = 250, top = 8, bottom = 40;
+  const group = Math.max(16, (width("step-chart") - left - right) / n), w = Math.max(width("step-chart"), left + right + n * group);
+  const bar = Math.min(30, (group * 0.8) / stages.length);
+  const high = Math.max(1.05, ...layers.flatMap((layer) => stages.map((name) => layer[name])));
+  const x = (i) => left + (i + 0.5) * group;
+  const y = (value) => h - bottom - ((value - 1) / (high - 1)) * (h - top - bottom);
+  const svg = make("svg", { width: w, height: h, role: "img", "aria-label": "Imbalance of each layer before, after reordering and after replication; the table below has the figures" });
+  for (const value of ticks(1, high, 5)) {
+    svg.append(make("line", { class: "grid", x1: left, x2: left + n * group, y1: y(value), y2: y(value) }),
+      make("text", { class: "tick", x: left - 7, y: y(value) + 4, "text-anchor": "end" }, String(value)));
+  }
+  const every = Math.ceil(26 / group);
+  layers.forEach((layer, i) => {
+    stages.forEach((name, k) => {
+      const at = y(Math.max(1, layer[name]));
+      svg.append(make("rect", { class: "stage", x: x(i) + (k - stages.length / 2) * bar, width: bar * 0.9, y: Math.min(at, h - bottom - 1.5), height: Math.max(1.5, h - bottom - at), fill: `var(--${STAGES[name][1]})` },
+        make("title", {}, `layer ${layer.layer}, ${STAGES[name][0]}: ${ratio(layer[name])}`)));
+    });
+    const half = (stages.length / 2) * bar + 2;
+    svg.append(make("line", { class: "bound", x1: x(i) - half, x2: x(i) + half, y1: y(Math.max(1, layer.bound)), y2: y(Math.max(1, layer.bound)) }));
+    if (i % every === 0) svg.append(make("text", { class: "tick", x: x(i), y: h - bottom + 18, "text-anchor": "middle" }, String(layer.layer)));
+  });
+  svg.append(make("text", { x: left + (n * group) / 2, y: h - 4, "text-anchor": "middle" }, "layer"));
+  $("step-chart").replaceChildren(svg);
+  $("step-legend").replaceChildren(...stages.map((name) => make("span", {}, make("i", { style: `background:var(--${STAGES[name][1]})` }), STAGES[name][0])),
+    make("span", {}, make("svg", { width: 24, height: 10 }, make("line", { class: "bound", x1: 0, x2: 24, y1: 5, y2: 5 })), "bound: the busiest node, after reordering"));
+  $("step-text").replaceChildren(...data.step.text.map((text) => make("span", {}, text)));
+  const mib = (bytes) => (bytes / 2 ** 20).toFixed(1), ms = (ps) => (ps / 1e9).toFixed(2), timed = data.step.timed;
+  table("step-layers", [["layer", 1], ["before", 1], ["replicas only", 1], ["reordered", 1], ["after", 1], ["bound", 1], ["moved", 1], ["MiB (across nodes)", 1], ["replicas", 1], ["MiB copied", 1],
+    ...(timed ? [["ms before", 1], ["after", 1], ["copying", 1], ["moving", 1]] : [])],
+  layers.map((l) => [l.layer, ...["before", "kept", "reordered", "after", "bound"].map((name) => ratio(l[name])), l.moved, `${mib(l.bytes_in_node + l.bytes_across)} (${mib(l.bytes_across)})`, count(l.replicas), mib(l.replica_bytes),
+    ...(timed ? ["before_ps", "after_ps", "copy_ps", "move_ps"].map((name) => ms(l[name])) : [])]));
+}
+
 // ---- selects
 
 const mine = () => data.records.filter((r) => r.series === +$("pass").value);
@@ -356,7 +402,7 @@ function start() {
     $("pass").value = wanted.series;
     $("choice").value = "all";
   }
-  const redraw = () => drawPass($("record").value);
+  const redraw = () => (drawStep(), drawPass($("record").value));
   $("pass").addEventListener("change", () => drawPass());
   $("quantity").addEventListener("change", () => drawHeat(data.series[$("pass").value]));
   for (const id of ["choice", "layer"]) $(id).addEventListener("change", () => (listRecords($("record").value), drawRecord()));
@@ -373,6 +419,7 @@ function start() {
     clearTimeout(timer);
     timer = setTimeout(() => document.body.clientWidth !== last && ((last = document.body.clientWidth), redraw()), 150);
   });
+  drawStep();
   drawPass(wanted ? data.records.indexOf(wanted) : null);
   document.body.dataset.ready = "true";
 }
