@@ -32,7 +32,7 @@ from megatron_ultraep.plan.types import Array
 Histogram = npt.NDArray[np.integer]
 
 DEFAULT_WORK = 400_000_000
-"""Numbers that the search looks at: one to two seconds on one core."""
+"""Most numbers that the search looks at: one to two seconds on one core."""
 
 _SEED = 20_011
 
@@ -99,7 +99,7 @@ def compose(
         group_ranks: consecutive data-parallel ranks that make one expert-parallel group (expert-parallel size x expert
             tensor-parallel size / tensor-parallel size); None: all of them.
         extra_rows_ppm: rows that may be computed beyond those of ``pack`` (parts per million of them).
-        work: numbers to look at, see :data:`DEFAULT_WORK`; 0 gives ``pack``'s layout.
+        work: most numbers to look at, see :data:`DEFAULT_WORK`; 0 gives ``pack``'s layout.
 
     Raises:
         ValueError: see ``BatchLayout.pack``; histograms or layouts that do not fit each other or the samples.

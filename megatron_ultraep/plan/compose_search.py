@@ -27,6 +27,7 @@ from megatron_ultraep.plan.types import Array
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_PATIENCE = 8  # the search ends after this part of its work without a change
 _LEHMER_FACTOR, _LEHMER_MODULUS = 48271, 2**31 - 1
 
 
@@ -167,7 +168,7 @@ def improve(
         multiple: bins are padded to a multiple of this.
         budget: most rows of a bin.
         spare: rows (per rank, over all micro-batches) that padding may add to what the packing has now.
-        work: numbers to look at.
+        work: numbers to look at; it ends early after an eighth of them without a change.
         seed: of the generator, ``1..2**31 - 2``.
 
     Returns:
@@ -194,7 +195,9 @@ def improve(
     state = np.array([seed], dtype=np.int64)
     place = np.zeros(1, dtype=np.int64)
     made = 0
-    while work > 0:
+    patience = work // _PATIENCE
+    give_up = work - patience  # the work left at which nothing has been found for too long
+    while work > max(0, give_up):
         work -= 16 + 4 * ranks  # to draw it, and to see whether it fits
         kind = _next(state, 8)  # 0: bins change places; 1: a sample moves; else: samples change places
         place[0] = _next(state, samples)
@@ -237,6 +240,7 @@ def improve(
         if value_left + value_right >= values[left] + values[right]:
             continue
         made += 1
+        give_up = work - patience
         spare = spare_after
         loads[left] += change
         loads[right] -= change
