@@ -100,8 +100,8 @@ def step_loads(
                     data_rank, tensor_rank = sources[source]
                     raise ValueError(
                         f"expected counts of rows {first}..{first + rows - 1} of sample {sample}, which tensor-"
-                        f"parallel rank {tensor_rank} of data-parallel rank {data_rank} sees in micro-batch {microbatch}, "
-                        "got none: count the rows that needed_counts names where they are held"
+                        f"parallel rank {tensor_rank} of data-parallel rank {data_rank} sees in micro-batch "
+                        f"{microbatch}, got none: count the rows that needed_counts names where they are held"
                     )
                 _check(part, layers, experts, f"rows {first}..{first + rows - 1} of sample {sample}")
                 loads += part
