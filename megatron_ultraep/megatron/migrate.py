@@ -208,6 +208,26 @@ def expert_parameters(layer: Any) -> dict[tuple[int, str], torch.nn.Parameter]:
     return found
 
 
+def expert_bytes(chunks: torch.nn.Module | Sequence[torch.nn.Module], group: MoveGroup) -> int:
+    """What leaves a rank with one expert: weights, main parameters, Adam's moments (bytes), as from the second step on.
+
+    A mean over expert-data-parallel ranks, which under the distributed optimizer hold parts; of the layer where it is
+    most; 0 without MoE layers.
+    """
+    most = 0
+    for layer in moe_layers(chunks):
+        places: dict[int, int] = {}
+        for (place, name), parameter in expert_parameters(layer).items():
+            where, size = (int(layer.layer_number or 0), place, name), parameter.element_size()
+            extents = (group.extents[rank].get(where, (0, 0)) for rank in group.grid[layer.ep_group.rank()])
+            held = -(-sum(stop - start for start, stop in extents) // len(group.grid[0]))
+            # Adam works in float32 at least; where parameters are no less, they are main parameters themselves.
+            states = 3 * 4 if size < 4 else 2 * size
+            places[place] = places.get(place, 0) + parameter.numel() * size + held * states
+        most = max(most, *places.values())
+    return most
+
+
 # ------------------------------------------------------------------ the move
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_ultraep.megatron import compat, cpu, migrate
 from megatron_ultraep.megatron.checkpoint import home_slot_of, local_experts
 from megatron_ultraep.megatron.groups import ParallelLayout, create_groups
-from megatron_ultraep.megatron.migrate import MoveReport, expert_parameters, make_move_group, move_experts
+from megatron_ultraep.megatron.migrate import MoveReport, expert_bytes, expert_parameters, make_move_group, move_experts
 from megatron_ultraep.megatron.optimizer import held_by
 from megatron_ultraep.megatron.support import Unsupported
 from tests.megatron_ultraep.megatron.moe import Case, moe_config
@@ -210,6 +210,14 @@ def refusal(kind: Kind, spoil: str) -> tuple[str, bool]:
         same = set(before) == set(after) and all(np.array_equal(before[k], after[k]) for k in before)
         return f"{type(error).__name__}: {error}", same
     return "moved", False
+
+
+def exchanged(kind: Kind) -> tuple[int, MoveReport]:
+    """The bytes of an expert, and what a move of two experts between two ranks reports after a step."""
+    job = Job(kind)
+    job.step(0)
+    last = kind.experts - 1
+    return expert_bytes(job.chunks, job.group), job.move({LAYERS[1]: (last, *range(1, last), 0)})
 
 
 def torn(kind: Kind) -> str:

@@ -114,6 +114,21 @@ def test_optimizers_that_are_not_understood(name):
     assert sentence in " ".join(reasons)
 
 
+@pytest.mark.parametrize(
+    ("world", "kind", "bytes_per_element"),
+    [
+        (2, Kind(dtype=torch.float64), 3 * 8),
+        (4, Kind(dtype=torch.bfloat16), 2 + 3 * 4),
+        (4, Kind(distributed=True, dtype=torch.bfloat16), 2 + 3 * 4 / 2),  # states are shared by two ranks
+    ],
+)
+def test_bytes_of_an_expert(ranks, world, kind, bytes_per_element):
+    elements = 96 * 32 + 32 * 48
+    for size, report in ranks(world).run(moving.exchanged, kind):
+        assert size == elements * bytes_per_element
+        assert (report.experts, report.bytes) == (2, 2 * size * world // 2)
+
+
 def test_a_failure_half_way_says_that_the_state_is_torn(ranks):
     for said in ranks(2).run(moving.torn, Kind()):
         assert "resume from the last checkpoint" in said
