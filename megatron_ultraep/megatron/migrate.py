@@ -255,29 +255,27 @@ def move_experts(
 
     Raises:
         Unsupported: on all ranks alike, before anything has moved: an optimizer that is not understood, gradients that
-            are not empty, ranks that were told different things.
-        ValueError: homes that are no permutation, or of a layer that no rank has.
+            are not empty, homes that are no permutation or of a layer that no rank has, ranks that were told different
+            things.
         TornStateError: when it failed half-way.
     """
     started = time.perf_counter()
-    unknown = sorted(set(homes) - group.every_layer)
-    if unknown:
-        raise ValueError(f"expected homes of the MoE layers {sorted(group.every_layer)}, got some of {unknown}")
     if group.group is None:
         return MoveReport(0, 0, 0, time.perf_counter() - started)
+    wanted = {int(number): tuple(map(int, home_slot)) for number, home_slot in homes.items()}
     layers = {int(layer.layer_number or 0): layer for layer in moe_layers(chunks)}
-    least = 2 * 8 * max(map(_width, layers.values()))
-    if limit_bytes < least:
-        raise ValueError(f"expected limit_bytes >= {least}, an element of every expert of a rank, got {limit_bytes}")
     # With overlapped gathering, parameters that another rank has stepped are not here yet.
     compat.synchronize_parameters([chunks] if isinstance(chunks, torch.nn.Module) else chunks)
-    changes = {
-        number: (home_slot_of(layer), _checked(layer, homes[number]))
-        for number, layer in layers.items()
-        if number in homes and tuple(homes[number]) != home_slot_of(layer)
-    }
     local = _local_tensors(layers, optimizer)
-    tensors = _agree(local, layers, optimizer, homes, group)
+    problems = _problems(local, layers, optimizer, wanted, group, limit_bytes)
+    before = {number: home_slot_of(layer) for number, layer in layers.items()}
+    ask = repr((sorted(wanted.items()), sorted(before.items()), limit_bytes))
+    tensors = _agree(local, problems, ask, group)
+    changes = {
+        number: (before[number], wanted[number])
+        for number in layers
+        if number in wanted and wanted[number] != before[number]
+    }
     exchange = _Exchange(local, group, {number: _width(layer) for number, layer in layers.items()})
     moved, count = 0, 0
     try:
@@ -299,10 +297,6 @@ def move_experts(
 
 def _width(layer: Any) -> int:
     return int(layer.config.num_moe_experts // layer.ep_group.size())
-
-
-def _checked(layer: Any, home_slot: Sequence[int]) -> tuple[int, ...]:
-    return ExpertLayout(layer.config.num_moe_experts, layer.ep_group.size(), tuple(home_slot)).home_slot
 
 
 @dataclass(frozen=True)
@@ -328,35 +322,60 @@ def _local_tensors(layers: Mapping[int, Any], optimizer: Any) -> dict[_Where, _L
     }
 
 
-def _agree(
-    local: Mapping[_Where, _Local], layers: Mapping[int, Any], optimizer: Any, homes: Homes, group: MoveGroup
-) -> dict[int, list[Tensor]]:
-    """The tensors that move, by layer, as all ranks hold them; an error on all ranks where they cannot."""
+def _problems(
+    local: Mapping[_Where, _Local],
+    layers: Mapping[int, Any],
+    optimizer: Any,
+    homes: Homes,
+    group: MoveGroup,
+    limit_bytes: int,
+) -> list[str]:
+    """What speaks against a move on this rank."""
     problems = refusals_of(optimizer)
-    if not problems and any(
+    unknown = sorted(set(homes) - group.every_layer)
+    if unknown:
+        problems.append(f"expected homes of the MoE layers {sorted(group.every_layer)}, got some of {unknown}")
+    for number, layer in layers.items():
+        if number in homes:
+            try:
+                ExpertLayout(layer.config.num_moe_experts, layer.ep_group.size(), tuple(homes[number]))
+            except ValueError as error:
+                problems.append(f"layer {number}: {error}")
+    least = 2 * 8 * max(map(_width, layers.values()))
+    if limit_bytes < least:
+        problems.append(f"expected limit_bytes >= {least}, an element of every expert of a rank, got {limit_bytes}")
+    if not refusals_of(optimizer) and any(
         group.extents[group.rank].get(where) != (None if one.held is None else (one.held.start, one.held.stop))
         for where, one in local.items()
     ):
         problems.append("the optimizer is not the one that the move group was made for: make the group again")
+    if any(flat.device != one.parameter.device for one in local.values() for _, flat, _ in one.flat()):
+        problems.append("optimizer states are not on the device of the parameters: bring them back before moving")
     if _any_gradient([one.parameter for one in local.values()]):
         problems.append(
             "gradients are not empty: move experts between steps, after zero_grad() of the optimizer and "
             "zero_grad_buffer() of every chunk"
         )
+    return problems
+
+
+def _agree(
+    local: Mapping[_Where, _Local], problems: Sequence[str], ask: str, group: MoveGroup
+) -> dict[int, list[Tensor]]:
+    """The tensors that move, by layer, as all ranks hold them; an error on all ranks where they cannot."""
     sizes = {
         (number, name, kind): flat.element_size()
         for (number, _, name), one in local.items()
         for kind, flat, _ in one.flat()
     }
     steps = {one.held.steps for one in local.values() if one.held is not None}
-    before = {number: home_slot_of(layer) for number, layer in layers.items()}
-    digest = hashlib.sha256(repr((sorted((n, tuple(h)) for n, h in homes.items()), sorted(before.items()))).encode())
+    digest = hashlib.sha256(ask.encode())
     told: list[Any] = [None] * len(group.ranks)
     dist.all_gather_object(told, ("; ".join(problems), digest.hexdigest(), sizes, steps), group=group.group)
     _raise_first([(group.ranks[i], problem) for i, (problem, _, _, _) in enumerate(told)])
     if len({homes_told for _, homes_told, _, _ in told}) > 1:
         raise Unsupported(
-            "experts cannot change their homes: ranks were told different homes; give all of them the same"
+            "experts cannot change their homes: ranks were told different homes or limits; give all of them the same"
         )
     counts = set().union(*(some for _, _, _, some in told))
     if len(counts) > 1:
@@ -447,7 +466,7 @@ class _Exchange:
         if me in staged:
             landed[me] = staged[me]
         for rank, some in incoming.items():
-            for transfer, part in zip(some, landed[rank].split([t.bytes for t in some]), strict=True):
+            for transfer, part in zip(some, torch.split(landed[rank], [t.bytes for t in some]), strict=True):
                 self._bytes_of(transfer, transfer.target_slot).copy_(part)
 
     def _operation(self, what: Any, data: torch.Tensor, rank: int) -> Any:

@@ -203,6 +203,8 @@ def refusal(kind: Kind, spoil: str) -> tuple[str, bool]:
         homes = {2: (0,) * kind.experts}
     elif spoil == "limit":
         more = {"limit_bytes": 8}
+    elif spoil == "limits":
+        more = {"limit_bytes": 10_000 + dist.get_rank()}
     try:
         job.move(homes, **more)
     except (Unsupported, ValueError) as error:

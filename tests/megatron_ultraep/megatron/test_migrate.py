@@ -56,6 +56,7 @@ REFUSALS = {
     "unknown state": "holds states that are not known: ['max_exp_avg_sq']",
     "layer": "expected homes of the MoE layers [2, 5, 6], got some of [3]",
     "permutation": "must be a permutation",
+    "limits": "told different homes or limits",
     "limit": "expected limit_bytes >= 48",
 }
 
