@@ -33,9 +33,8 @@ class BalanceConfig:
     )
     slot_sets: int = _option(
         1,
-        "Sets of slots that MoE layers use in turn (1 or 2). With 2 the weights of the next layer are placed while a "
-        "layer's experts compute, where plans are made ahead; with 1, while attention does. Each set takes the memory of "
-        "the slots.",
+        "Sets of slots that MoE layers use in turn (1 or 2). Where plans are made ahead, 2 place the weights of the "
+        "next layer while a layer's experts compute, 1 while attention does. Each set takes the memory of the slots.",
         metavar="N",
     )
     node_size: int = _option(

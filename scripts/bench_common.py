@@ -63,6 +63,7 @@ class Options:
     profile: str
     seed: int
     reduction: bool
+    reduce_blocks: tuple[int, ...]
 
 
 def measure(make: Callable[[Any], Any], shape: Any, options: Options, file: str, document: dict[str, Any]) -> list[Row]:
@@ -191,16 +192,27 @@ class _Rounds:
 
     def _reduction(self, routes: Any, balancer: Any) -> dict[str, float]:
         """What the way home of replicas' gradients adds to a backward, in turns with backwards that do without."""
+        from megatron_ultraep.runtime import symmetric
         from scripts.bench_rank import gradients_stay
 
         rounds, iterations = self.options.rounds, -(-self.options.iterations // self.options.rounds)
-        sent, stayed = [], []
+        default = symmetric._REDUCE_BLOCKS
+        sent: dict[int, list[float]] = {blocks: [] for blocks in (default, *self.options.reduce_blocks)}
+        stayed = []
         for _ in range(rounds):
-            sent += self.bench.backward(routes, iterations=iterations)
+            for blocks, times in sent.items():
+                symmetric._REDUCE_BLOCKS = blocks
+                times += self.bench.backward(routes, iterations=iterations)
+            symmetric._REDUCE_BLOCKS = default
             with gradients_stay(balancer.transport):
                 stayed += self.bench.backward(routes, iterations=iterations)
-        with_ms, without_ms = statistics.median(sent), statistics.median(stayed)
-        return {"backward_ms": with_ms, "without_ms": without_ms, "share": with_ms / without_ms - 1}
+        without_ms = statistics.median(stayed)
+        shares = {blocks: statistics.median(times) / without_ms - 1 for blocks, times in sent.items()}
+        for blocks in self.options.reduce_blocks:
+            self.report.say(f"{'':20}gradients' way home with {blocks} blocks adds {shares[blocks]:.2%}")
+        return {
+            "backward_ms": statistics.median(sent[default]), "without_ms": without_ms, "share": shares[default]
+        }  # fmt: skip
 
     def rows(self, layout: str, ranks: int, imbalance: float, routes: Any, balanced: Any) -> list[Row]:
         """The rows of this imbalance, in the order of ``METHODS``."""
@@ -389,6 +401,7 @@ def run(
         profile=arguments.trace_profile,
         seed=arguments.seed,
         reduction=getattr(arguments, "reduction", False),
+        reduce_blocks=tuple(getattr(arguments, "reduce_blocks", ())),
     )
     settings = dataclasses.asdict(options) | {"trace": Path(arguments.trace).name}
     del settings["profile"]

@@ -55,6 +55,14 @@ def main(arguments: list[str] | None = None, pools: Any = None) -> int:
     parser = bench_common.parser(__doc__ or "")
     parser.add_argument("--transformer-layer", action="store_true", help="attention, norms and the MoE layer")
     parser.add_argument("--reduction", action="store_true", help="also time backwards without gradients' way home")
+    parser.add_argument(
+        "--reduce-blocks",
+        nargs="+",
+        type=int,
+        default=[],
+        metavar="N",
+        help="with --reduction: other shares of the GPU too",
+    )
     given = parser.parse_args(arguments)
     kind = "transformer-layer" if given.transformer_layer else "layer"
     return bench_common.run(

@@ -6,8 +6,9 @@ Forward:  route:   loads -> plan -> replica weights start to travel -> reroute
           (combine)
 Backward: before_combine: weights start to travel again, unless they lie in the slots still
           (combine)
-          experts; then replica gradients start home
-          (dispatch, permutation, router, and whatever the layer had before: attention)
+          experts
+          (dispatch, permutation); then replica gradients start home
+          (router, and whatever the layer had before: attention)
           home gradients have their replicas' share, and are handed on
 
 Invariants (asserted by the tests of this file and by the parity tests):
@@ -84,10 +85,15 @@ class _Link:
         call: set when the experts compute.
         direct: experts are given home parameters themselves, not aliases.
         slots: gradients of the slots' weights, where they wait for the home gradients.
-        sent: replicas' gradients are on their way home.
+        deferred: replicas' gradients start home behind the backward of the dispatch, not beside it: both want the
+            links, and there is attention to hide behind.
+        waiting: they are there and wait for that.
+        sent: they are on their way home.
     """
 
     direct: bool = False
+    deferred: bool = False
+    waiting: bool = False
 
     call: Call | None = None
     slots: Sequence[torch.Tensor | None] | None = None
@@ -101,11 +107,16 @@ class Backwards:
     interleaved pipeline) weights are placed for a call that is not next, and once more when it is.
     """
 
+    MOST_KEYS = 1024
+    """Micro-batches at a time: of those whose backward never comes the oldest are forgotten."""
+
     def __init__(self) -> None:
         self._calls: dict[object, list[tuple[LayerBalancer, Call]]] = {}
 
     def add(self, key: object, layer: LayerBalancer, call: Call) -> None:
         """Note a call of a micro-batch whose forward runs now."""
+        if len(self._calls) > self.MOST_KEYS:
+            del self._calls[next(iter(self._calls))]
         self._calls.setdefault(key, []).append((layer, call))
         call.key = key
 
@@ -139,8 +150,9 @@ class LayerBalancer:
         early: nobody looks at home gradients before backward has ended: with fused accumulation, home parameters then
             enter the experts themselves, and only the wait for the replicas' share is part of the graph. That spares
             the host an alias of every parameter.
+        key: of the micro-batch that runs now, if it has one.
         foresee: the plan of the micro-batch that runs now, if it was made ahead.
-        backwards: shared by the layers of a model: weights of foreseen plans are placed ahead in backward too.
+        backwards: shared by the layers of a model: in backward weights are placed ahead, as all plans are known.
 
     Attributes:
         following: the next layer, where it has slots of its own: its weights are placed while this one's experts
@@ -158,10 +170,12 @@ class LayerBalancer:
         watch: Stopwatch,
         *,
         early: bool = False,
+        key: Callable[[], object] = lambda: None,
         foresee: Callable[[], Foreseen | None] = lambda: None,
         backwards: Backwards | None = None,
     ) -> None:
         self.early = early
+        self.key = key
         self.foresee = foresee
         self.backwards = backwards or Backwards()
         self.following: LayerBalancer | None = None
@@ -193,7 +207,11 @@ class LayerBalancer:
 
         Called before the layer that the experts belong to begins; without it :meth:`route` does it.
         """
-        self._link = _Link()
+        self._begin(deferred=True)
+        self.prefetch()
+
+    def _begin(self, *, deferred: bool) -> None:
+        self._link = _Link(deferred=deferred)
         # Frozen experts have no gradients, and nor have their replicas.
         trained = list(map(_requires_grad, self._parameters))
         self._trained = any(trained)
@@ -206,7 +224,6 @@ class LayerBalancer:
             self._aliases = (token, *self._parameters)
         else:
             self._aliases = _Homes.apply(self, self._link, token, *self._parameters)  # type: ignore[no-untyped-call]
-        self.prefetch()
 
     def prefetch(self) -> None:
         """Place the weights of the micro-batch that runs now, if its plan is known. Slots must not be in use."""
@@ -229,7 +246,7 @@ class LayerBalancer:
         """
         self.transport.check()
         if self._aliases is None:
-            self.begin()
+            self._begin(deferred=False)
         self.experts.before_reading()
         foreseen, ahead = self.foresee(), self._ahead
         planned: Planned
@@ -245,6 +262,12 @@ class LayerBalancer:
             self._place(call)
         self.observe(planned)
         return self.planner.reroute(planned, probs, routing_map)
+
+    def dispatched(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Mark what the last :meth:`route` dispatches: gradients that wait for its backward start home behind it."""
+        link = self._link
+        link.deferred = link.deferred and hidden.requires_grad
+        return _when_backward_comes(lambda: self._release(link), hidden) if link.deferred else hidden
 
     @property
     def planned(self) -> Planned:
@@ -295,8 +318,9 @@ class LayerBalancer:
         self.transport.weights_sent(self.pool)
         if self.following is not None:
             self.following.prefetch()
-        if isinstance(call.planned, Foreseen) and output.requires_grad:
-            self.backwards.add(call.planned.key, self, call)
+        key = self.key()
+        if key is not None and output.requires_grad:
+            self.backwards.add(key, self, call)
         return _when_backward_comes(lambda: self._before_backward(call), output)
 
     def combined(self, output: torch.Tensor) -> torch.Tensor:
@@ -348,7 +372,17 @@ class LayerBalancer:
         missing = self.pool.slots * len(self.pool.shape.names) - len(slots)
         link.slots = (*slots, *(None,) * missing)
         targets = self._main_gradients()
-        if targets is not None:  # else home gradients are on their way through autograd
+        if targets is None:  # home gradients are on their way through autograd
+            return
+        if link.deferred:
+            link.waiting = True
+        else:
+            self._begin_home(link, targets)
+
+    def _release(self, link: _Link) -> None:
+        """Start gradients home that wait."""
+        targets = self._main_gradients()
+        if link.waiting and targets is not None:
             self._begin_home(link, targets)
 
     def _main_gradients(self) -> list[torch.Tensor] | None:
@@ -366,7 +400,7 @@ class LayerBalancer:
         slots = None if self.experts.fused_gradients else link.slots
         with self.watch("gradients, start"):
             self.transport.send_home(link.call.planned, self.pool, self._gradients, slots)
-        link.sent, link.slots = True, None
+        link.sent, link.waiting, link.slots = True, False, None
 
     def _end_home(self, link: _Link, homes: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
         """Wait for the replicas' gradients.
@@ -380,6 +414,7 @@ class LayerBalancer:
         """
         if link.call is not None and link.call.idle:
             return homes
+        self._release(link)
         if link.slots is None and not link.sent:  # no slot was used here, but other ranks may wait for this one
             self._send_home(link, [None] * (self.pool.slots * len(self.pool.shape.names)))
         if not link.sent:

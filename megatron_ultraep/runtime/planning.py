@@ -199,14 +199,43 @@ class Foreseen:
         return step.plan(microbatch, layer)
 
 
+class Aside:
+    """Copies to the host that wait for what was there at the last mark, and for nothing that was queued after it.
+
+    Args:
+        device: GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._marked = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def mark(self) -> None:
+        """What the current stream has queued so far may be copied."""
+        self._marked.record()
+
+    def follow(self) -> None:
+        self.stream.wait_event(self._marked)
+
+
 class PlanBatch:
     """Plans on their way to the host. Nobody waits, until somebody asks for them.
 
     Args:
         planned: in any order, of any layouts.
+        aside: on GPUs, where they are copied: behind the newest plan, beside all that came after it.
     """
 
-    def __init__(self, planned: Sequence[Planned]) -> None:
+    def __init__(self, planned: Sequence[Planned], aside: Aside | None = None) -> None:
+        self._kept = list(planned)  # their memory is read on another stream
+        if aside is None:
+            self._start(planned)
+        else:
+            aside.follow()
+            with torch.cuda.stream(aside.stream):
+                self._start(planned)
+
+    def _start(self, planned: Sequence[Planned]) -> None:
         self._count = len(planned)
         self._plans = {i: each for i, each in enumerate(planned) if not isinstance(each, DevicePlanned)}
         waiting: dict[ExpertLayout, list[tuple[int, DevicePlanned]]] = {}
@@ -227,6 +256,7 @@ class PlanBatch:
         """Whether all have come; those that have are moved out of pinned memory."""
         if self._event is not None and self._event.query():
             self._event = None
+            self._kept.clear()
             self._rows = [(layout, numbers, rows.clone()) for layout, numbers, rows in self._rows]
         return self._event is None
 

@@ -8,7 +8,8 @@ import torch
 
 from megatron_ultraep.config import BalanceConfig
 from megatron_ultraep.megatron import compat
-from megatron_ultraep.megatron.attach import _check_target, make_balancer
+from megatron_ultraep.megatron.attach import make_balancer
+from megatron_ultraep.megatron.stages import check_target
 from megatron_ultraep.megatron.support import REFUSED, TESTED, Unsupported, check_version, table
 from tests.megatron_ultraep.megatron import moe
 from tests.megatron_ultraep.megatron.moe import Case, stock_and_balanced, worst
@@ -177,7 +178,7 @@ def test_untested_versions_are_refused(monkeypatch):
 def test_a_changed_target_is_noticed(monkeypatch):
     monkeypatch.setattr(compat.moe_layer_class(), "preprocess", lambda self, hidden_states: None)
     with pytest.raises(Unsupported, match=r"MoELayer.preprocess .* takes \['self', 'hidden_states'\]"):
-        _check_target()
+        check_target()
 
 
 def test_support_page_is_the_table():
