@@ -7,17 +7,18 @@ states: they have to suit all micro-batches of the step at once. :func:`reorder`
     horizon * token_ps * (sum over micro-batches of the predicted tokens of the busiest rank) + time of the moves
 
 is least. Predicted is the mean of the busiest node where there are slots, which replicas come within their tolerance
-of, and the busiest rank itself where there are none.
+of, and what slots cannot reach (:mod:`megatron_ultraep.plan.reorder_ranks`, step 3); the busiest rank itself where
+there are none.
 
 Invariants, whatever the loads:
 
 1. The moves of a layer take less time than they are predicted to save within ``horizon`` steps, or there are none.
-2. Every rank keeps its number of homes. An expert that stays in its node keeps its slot, unless there are no slots for
-   replicas; those that move take the slots that were left.
+2. Every rank keeps its number of homes. An expert that stays on its rank keeps its slot; those that move take the slots
+   that were left.
 3. The same arguments give the same bits, on any rank and any machine.
 
 Source: reordering for replayed routes is ReLibra's and ForeMoE's idea; LPT is Graham's; the search is our own
-(:mod:`megatron_ultraep.plan.reorder_search`).
+(:mod:`megatron_ultraep.plan.reorder_search`, then :mod:`megatron_ultraep.plan.reorder_ranks`).
 
 Legend: ``M`` micro-batches, ``N`` MoE layers, ``G`` ranks, ``E`` logical experts, ``D`` ranks of a node.
 """
@@ -33,7 +34,7 @@ from functools import cached_property
 import numpy as np
 
 from megatron_ultraep.layout import ExpertLayout
-from megatron_ultraep.plan import reorder_search
+from megatron_ultraep.plan import reorder_ranks, reorder_search
 from megatron_ultraep.plan.reorder_search import Floats
 from megatron_ultraep.plan.search import MOST_TOKENS
 from megatron_ultraep.plan.types import Array
@@ -151,15 +152,21 @@ def _reorder_layer(tokens: Floats, layout: ExpertLayout, settings: ReorderSettin
     price = np.where(node[:, None] == node[None, :], costs[0], costs[1]).astype(np.float64) * part_ranks
     np.fill_diagonal(price, 0)
     home_slot = np.asarray(layout.home_slot, dtype=np.int64)
-    placed, before, after = reorder_search.compiled()(
+    weight, shift = float(settings.token_ps * settings.horizon), float(_shift(tokens))
+    part = reorder_search.compiled()(
+        tokens, home_slot, layout.experts_per_rank, part_ranks, price, weight, shift, settings.rounds
+    )
+    placed, before, after = reorder_ranks.compiled()(
         tokens,
         home_slot,
+        part,
         layout.experts_per_rank,
         part_ranks,
+        layout.slots,
         price,
-        float(settings.token_ps * settings.horizon),
-        float(_shift(tokens)),
-        settings.rounds,
+        float(costs[0] * part_ranks),
+        weight,
+        shift,
     )
     new = layout
     if not np.array_equal(placed, home_slot):

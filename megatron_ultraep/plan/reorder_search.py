@@ -1,4 +1,4 @@
-"""The compiled part of :func:`megatron_ultraep.plan.reorder.reorder`: one layer, numbers in, home slots out.
+"""The compiled part of :func:`megatron_ultraep.plan.reorder.reorder`: the parts of one layer.
 
 A *part* is what replicas cannot balance across: a node, or a rank where there are no slots. An arrangement puts equally
 many experts into every part. It costs::
@@ -11,8 +11,6 @@ many experts into every part. It costs::
    left: squares show the way where the busiest part alone does not change. The price is not looked at yet.
 3. The same with the cost itself. The present arrangement goes through this step without the one before too.
 4. The cheapest of the three results, and more of step 3; where none is cheaper than staying, nothing moves.
-5. Inside its node an expert that stays keeps its slot. Those that come take free slots, hottest first, on the rank with
-   the fewest tokens, and then exchange ranks as in step 2: fewer replicas are needed, for no more moves.
 
 Numbers are integers held as float64, below 2**53, so sums are exact in any order and results have the same bits on any
 machine. Ties go to the lower expert.
@@ -258,83 +256,6 @@ def _cost(part: Array, origin: Array, price: Floats, weight: float, loads: Float
     return cost
 
 
-@_jit
-def _place(
-    part: Array, totals: Floats, home_slot: Array, experts_per_rank: int, ranks_per_part: int, placed: Array
-) -> None:
-    """Home slots of an arrangement, into ``placed`` ``[E]``; see step 5 of the module."""
-    experts = len(part)
-    ranks = experts // experts_per_rank
-    taken = np.zeros(experts, dtype=np.bool_)
-    filled = np.zeros(ranks, dtype=np.float64)
-    room = np.full(ranks, experts_per_rank, dtype=np.int64)
-    placed[:] = -1
-    for expert in range(experts):
-        rank = home_slot[expert] // experts_per_rank
-        if part[expert] == rank // ranks_per_part:
-            placed[expert] = home_slot[expert]
-            taken[home_slot[expert]] = True
-            filled[rank] += totals[expert]
-            room[rank] -= 1
-    for expert in np.argsort(-totals, kind="mergesort"):
-        if placed[expert] >= 0:
-            continue
-        target = -1
-        for rank in range(part[expert] * ranks_per_part, (part[expert] + 1) * ranks_per_part):
-            if room[rank] > 0 and (target < 0 or filled[rank] < filled[target]):
-                target = rank
-        slot = target * experts_per_rank
-        while taken[slot]:
-            slot += 1
-        placed[expert] = slot
-        taken[slot] = True
-        filled[target] += totals[expert]
-        room[target] -= 1
-
-
-@_jit
-def _even_ranks(tokens: Floats, home_slot: Array, experts_per_rank: int, ranks_per_part: int, placed: Array) -> None:
-    """Exchange ranks among the experts that came into a part, so that its ranks need fewer replicas; in place.
-
-    They move anyway, so it costs nothing: sums of squares of the ranks' loads fall over all micro-batches.
-    """
-    experts, microbatches = tokens.shape
-    loads = np.zeros((experts // experts_per_rank, microbatches), dtype=np.float64)
-    per_part = experts_per_rank * ranks_per_part
-    _part_loads(tokens, placed // experts_per_rank, loads)
-    came = np.empty(experts, dtype=np.int64)
-    for base in range(0, experts, per_part):
-        count = 0
-        for expert in range(experts):
-            if placed[expert] // per_part * per_part == base and home_slot[expert] // per_part * per_part != base:
-                came[count] = expert
-                count += 1
-        for _ in range(_SQUARE_ROUNDS):
-            for i in range(count):
-                first = came[i]
-                a = placed[first] // experts_per_rank
-                best = 0.0
-                partner = -1
-                for second in came[:count]:
-                    b = placed[second] // experts_per_rank
-                    if a == b:
-                        continue
-                    change = 0.0
-                    for m in range(microbatches):
-                        more = tokens[second, m] - tokens[first, m]
-                        change += more * (loads[a, m] - loads[b, m] + more)
-                    if change < best:
-                        best = change
-                        partner = second
-                if partner >= 0:
-                    b = placed[partner] // experts_per_rank
-                    for m in range(microbatches):
-                        more = tokens[partner, m] - tokens[first, m]
-                        loads[a, m] += more
-                        loads[b, m] -= more
-                    placed[first], placed[partner] = placed[partner], placed[first]
-
-
 def arrange(
     tokens: Floats,
     home_slot: Array,
@@ -344,8 +265,8 @@ def arrange(
     weight: float,
     shift: float,
     rounds: int,
-) -> tuple[Array, float, float]:
-    """The new home slots of a layer.
+) -> Array:
+    """The new part of each expert of a layer.
 
     Args:
         tokens: float64 ``[E, M]``: tokens of each expert in each micro-batch.
@@ -357,7 +278,7 @@ def arrange(
         rounds: most times that every place looks for a swap in step 4 (fewer before).
 
     Returns:
-        Home slots, int64 ``[E]``; sums over micro-batches of the busiest part's tokens before and after.
+        int64 ``[E]``.
     """
     experts, microbatches = tokens.shape
     parts = experts // (experts_per_rank * ranks_per_part)
@@ -370,11 +291,9 @@ def arrange(
             scaled[expert, m] = np.floor(tokens[expert, m] / shift)
     loads = np.empty((parts, microbatches), dtype=np.float64)
     _part_loads(tokens, origin, loads)
-    before = _busiest(loads)
     best = origin.copy()
-    stay = weight * before
+    stay = weight * _busiest(loads)
     best_cost = stay
-    after = before
     part = np.empty(experts, dtype=np.int64)
     if parts > 1:
         for start in range(3):
@@ -394,11 +313,7 @@ def arrange(
         if best_cost < stay:
             _part_loads(tokens, best, loads)
             _lower_cost(tokens, best, origin, price, weight, loads, rounds)
-            after = _busiest(loads)
-    placed = np.empty(experts, dtype=np.int64)
-    _place(best, totals, home_slot, experts_per_rank, ranks_per_part, placed)
-    _even_ranks(scaled, home_slot, experts_per_rank, ranks_per_part, placed)
-    return placed, before, after
+    return best
 
 
 @cache
