@@ -47,10 +47,16 @@ METRICS = BALANCE_METRICS | {
     "train/rollout_logprob_abs_diff_own_routes": "The same when training's own routers choose.",
     "moe/own_routes_differ_fraction": "Fraction of (token, layer) where equal weights route otherwise than rollout.",
     "moe/max_vio": "(max - mean) / mean of tokens per expert over the iteration's samples, mean over layers.",
+    "moe/foresight/planned_fraction": "Fraction of the actor's (micro-batch, layer) planned before their pass.",
+    "moe/foresight/wait_seconds": "Seconds that passes waited for layouts and plans.",
+    "moe/reorder/experts_moved": "Experts, over layers, that changed their home slot before the iteration.",
+    "moe/reorder/bytes": "Bytes that moved with them: weights, main parameters, moments.",
+    "moe/reorder/seconds": "Seconds of choosing homes and moving.",
+    "moe/compose/fewer_tokens": "Fraction of the busiest nodes' (or ranks') tokens that composing micro-batches took.",
     "perf/step_time": "Seconds of one iteration.",
     "perf/tokens_per_second": "Tokens of the iteration's samples over its seconds.",
-    "perf/time/<phase>": "Seconds of one phase: generate, reward, old_logprob, train, weight_update, evaluate, "
-    "checkpoint.",
+    "perf/time/<phase>": "Seconds of one phase: generate, reward, reorder, prepare, old_logprob, train, "
+    "weight_update, evaluate, checkpoint.",
     "eval/accuracy": "Fraction of held-out prompts answered correctly.",
     "eval/reward/mean": "Mean reward on held-out prompts.",
     "eval/response_length/mean": "Mean response length on held-out prompts, tokens.",

@@ -169,6 +169,24 @@ LINE_PANELS = (
         optional=True,
     ),
     _LinePanel(
+        "foresight",
+        "Planned before the pass",
+        "fraction of (micro-batch, layer)",
+        (_Line("moe/foresight/planned_fraction", "planned ahead"),),
+        "1: no pass gathered loads or planned. The others were planned on exact loads.",
+        limits=(0, None),
+        optional=True,
+    ),
+    _LinePanel(
+        "reorder",
+        "Experts that changed their homes",
+        "experts, over layers",
+        (_Line("moe/reorder/experts_moved", "moved"),),
+        "Before each iteration, so that nodes are balanced for its batch; optimizer states move along.",
+        limits=(0, None),
+        optional=True,
+    ),
+    _LinePanel(
         "throughput", "Throughput", "tokens/s", (_Line("perf/tokens_per_second", "tokens/s"),), limits=(0, None)
     ),
     _LinePanel(

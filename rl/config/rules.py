@@ -201,6 +201,41 @@ def _layout(config: RunConfig) -> Iterator[Violation]:
         )
 
 
+def _ahead(config: RunConfig) -> Iterator[Violation]:
+    """What is planned from rollout's routes."""
+    balance, parallel = config.balance, config.trainer.parallel
+    for name in ("foresight", "reorder", "compose"):
+        if not getattr(balance, name):
+            continue
+        if not balance.enabled:
+            yield Violation(
+                f"balance.{name}",
+                "expected false because balance.enabled is false, came true; enable balancing or remove it.",
+                ("balance.enabled",),
+            )
+        if not config.rollout.capture_routes:
+            yield Violation(
+                f"balance.{name}",
+                "it plans from rollout's routes, and rollout.capture_routes is false; capture routes or remove it.",
+                ("rollout.capture_routes",),
+            )
+    if balance.foresight and config.rollout.capture_routes and config.algorithm.routes.train != "replay":
+        yield Violation(
+            "balance.foresight",
+            "plans are made for the routes of rollout, and algorithm.routes.train is own: every plan would be for "
+            "other routes than training takes; set `replay`, or foresight to false (exact loads are then planned on).",
+            ("algorithm.routes.train",),
+        )
+    if balance.reorder and balance.enabled and not 0 < balance.node_size < parallel.ep:
+        yield Violation(
+            "balance.reorder",
+            f"experts move to balance nodes, and balance.node_size = {balance.node_size} makes one node of all "
+            f"trainer.parallel.ep = {parallel.ep} ranks, which copies alone balance; set node_size to the ranks that "
+            "share NVLink, or remove it.",
+            ("balance.node_size", "trainer.parallel.ep"),
+        )
+
+
 def _balance(config: RunConfig) -> Iterator[Violation]:
     if not config.balance.enabled:
         return
@@ -439,6 +474,7 @@ RULES: tuple[Rule, ...] = (
     _lengths,
     _layout,
     _balance,
+    _ahead,
     _recompute,
     _machine,
     _optimizer,

@@ -6,6 +6,7 @@ checked strictly (a quoted ``"3"`` is not a number) and the sections are immutab
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -195,6 +196,30 @@ class BalanceSection(Section):
         True, description="Write load records to the directory `balance` of the run; see ultraep-view."
     )
     record_mib: int = Field(256, description=option_help("record_mib"))
+    foresight: bool = Field(
+        False,
+        description="Plan every pass that replays routes before it starts, in a process of its own; passes of other "
+        "routers are planned on exact loads.",
+    )
+    reorder: bool = Field(
+        False,
+        description="Between iterations, move experts to other ranks, optimizer states included, so that nodes are "
+        "balanced for the coming batch.",
+    )
+    reorder_every: int = Field(1, ge=1, description="Iterations between choices of homes.")
+    reorder_horizon: int = Field(
+        1, ge=1, le=1024, description="Iterations for which loads like those of the coming batch are expected; an "
+        "expert moves only where it pays within them.",
+    )  # fmt: skip
+    move_ns_per_mib: int = Field(
+        25_000, ge=0, le=10**9,
+        description="Time that a link is held up by 1 MiB of a moved expert (ns); 25,000 is a network of 400 Gbit/s a "
+        "GPU.",
+    )  # fmt: skip
+    compose: bool = Field(
+        False,
+        description="Compose training's micro-batches so that their expert loads balance; the gradient is the same.",
+    )
 
     def settings(self, run: Path, *, allow_untested: bool = False) -> BalanceConfig:
         """What the trainer's ranks are given.
@@ -207,7 +232,8 @@ class BalanceSection(Section):
             ValueError: fields out of range, or that contradict each other.
         """
         record = str((run / "balance").absolute()) if self.record and self.enabled else ""
-        return BalanceConfig(**self.model_dump() | {"record": record, "allow_untested": allow_untested})
+        own = {field.name: getattr(self, field.name) for field in fields(BalanceConfig) if hasattr(self, field.name)}
+        return BalanceConfig(**own | {"record": record, "allow_untested": allow_untested})
 
 
 class KLSection(Section):

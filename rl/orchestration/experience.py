@@ -108,24 +108,23 @@ class Packing:
     layout: ParallelLayout
     tokens_per_micro_batch: int
 
+    @property
+    def arguments(self) -> dict[str, int]:
+        """As ``BatchLayout.pack`` and ``plan.compose.compose`` take them."""
+        return {
+            "data_parallel": self.layout.dp,
+            "tokens_per_micro_batch": self.tokens_per_micro_batch,
+            "row_multiple": self.layout.tp,
+            "micro_batch_multiple": self.layout.pp if self.layout.vpp else 1,
+        }
+
+    def layout_of(self, samples: Sequence[TrainSample]) -> BatchLayout:
+        """The layout of one mini-batch of these samples, packed by length."""
+        return BatchLayout.pack([s.sample_id for s in samples], [s.rows for s in samples], **self.arguments)
+
     def mini_batch(self, samples: Sequence[TrainSample]) -> MiniBatch:
         """One mini-batch of these samples."""
-        return MiniBatch.make(
-            samples,
-            BatchLayout.pack(
-                [s.sample_id for s in samples],
-                [s.rows for s in samples],
-                data_parallel=self.layout.dp,
-                tokens_per_micro_batch=self.tokens_per_micro_batch,
-                row_multiple=self.layout.tp,
-                micro_batch_multiple=self.layout.pp if self.layout.vpp else 1,
-            ),
-        )
-
-    def mini_batches(self, samples: Sequence[TrainSample], count: int, order: np.ndarray) -> list[MiniBatch]:
-        """``count`` mini-batches of about equal size, samples taken in ``order``."""
-        parts = np.array_split(order, min(count, len(samples)))
-        return [self.mini_batch([samples[i] for i in part]) for part in parts]
+        return MiniBatch.make(samples, self.layout_of(samples))
 
 
 def rollout_metrics(samples: Sequence[Sample], max_tokens: int) -> dict[str, float]:

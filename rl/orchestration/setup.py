@@ -27,6 +27,7 @@ from rl.ledger import Ledger
 from rl.metrics import MetricLogger
 from rl.models.architecture import Architecture, read_architecture
 from rl.models.builder import Recompute
+from rl.orchestration.ahead import Ahead
 from rl.orchestration.experience import Packing
 from rl.orchestration.ray_instance import ray_instance
 from rl.progress import Progress
@@ -35,7 +36,7 @@ from rl.rewards.runner import RewardRunner
 from rl.rollout.config import EngineConfig, Sampling
 from rl.rollout.pool import EnginePool
 from rl.training import checkpoint
-from rl.training.group import Trainer, TrainerDied, TrainerLimits
+from rl.training.group import RoutesOfEngines, Trainer, TrainerDied, TrainerLimits
 from rl.training.passes import PassSettings
 from rl.training.worker import OptimizerSpec, TrainerSpec
 
@@ -59,6 +60,7 @@ class Run:
     Attributes:
         step: completed iterations.
         cursor: next prompt to take.
+        ahead: plans iterations before they run, and knows where experts are.
         version: weight version of the engines.
         whole: whether the trainer's state is that of ``step``: False from the moment an iteration begins to train.
         saved_step: newest checkpoint, -1 when there is none.
@@ -74,6 +76,7 @@ class Run:
     metrics: MetricLogger
     progress: Progress
     packing: Packing
+    ahead: Ahead
     step: int = 0
     cursor: Cursor = field(default_factory=Cursor)
     version: int = 0
@@ -152,6 +155,7 @@ class Run:
             "cursor": self.cursor.to_json(),
             "version": self.version,
             "optimizer_steps": self.trainer.steps,
+            "experts": self.ahead.to_json(),
         }
         checkpoint.publish(partial, state, keep=self.config.checkpoint.keep)
         self.saved_step = self.step
@@ -222,6 +226,8 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
         stack.enter_context(_terminate_as_interrupt())
         started = time.perf_counter()
         pool, trainer = _start_actors(config, stack)
+        packing = Packing(trainer.spec.layout, config.trainer.tokens_per_micro_batch)
+        ahead = stack.enter_context(_ahead(config, arch, pool, trainer, packing))
         run = Run(
             config=config,
             arch=arch,
@@ -232,7 +238,8 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
             ledger=ledger,
             metrics=metrics,
             progress=Progress(None, "start", enabled=config.logging.progress),
-            packing=Packing(trainer.spec.layout, config.trainer.tokens_per_micro_batch),
+            packing=packing,
+            ahead=ahead,
             stop_token_ids=_stop_token_ids(config, tokenizer),
         )
         engines, ranks = config.rollout.engines, config.trainer.ranks
@@ -433,6 +440,20 @@ def _start_actors(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Engin
     return pool, trainer
 
 
+def _ahead(config: RunConfig, arch: Architecture, pool: EnginePool, trainer: Trainer, packing: Packing) -> Ahead:
+    """Plans with the integers that the ranks measured."""
+    engines = RoutesOfEngines(config.run.limits.generate_s)
+    engines.engines = list(pool.handles)
+    return Ahead(
+        config.balance,
+        trainer.expert_groups(),
+        packing,
+        topk=arch.topk,
+        count=engines.count,
+        timeout_s=config.run.limits.train_step_s,
+    )
+
+
 def _engine_config(config: RunConfig) -> EngineConfig:
     r, limits = config.rollout, config.run.limits
     return EngineConfig(
@@ -482,6 +503,7 @@ def _trainer_spec(config: RunConfig) -> TrainerSpec:
             if config.balance.enabled
             else None
         ),
+        reorder=config.balance.enabled and config.balance.reorder,
     )
 
 
@@ -492,4 +514,5 @@ def _restore(run: Run, newest: Path, state: dict[str, Any]) -> None:
     run.step = run.saved_step = state["step"]
     run.cursor = Cursor.from_json(state["cursor"])
     run.version = state["version"]
+    run.ahead.restore(state.get("experts", {}), run.trainer.reorder)
     run.update_engines()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import ray
@@ -12,8 +14,9 @@ import ray
 from megatron_ultraep.replay import RoutingTrace, TraceSample
 from megatron_ultraep.telemetry.metrics import merge_groups
 from rl.ledger import StepRecord
+from rl.orchestration.ahead import Moved, Pass, Passes
 from rl.orchestration.setup import Run
-from rl.training.batch import TrainSample
+from rl.training.batch import MiniBatch, TrainSample
 from rl.training.group import StepOutcome
 from rl.training.worker import PolicyObjective
 from rl.types import Prompt, Sample
@@ -27,14 +30,46 @@ class RouteMismatch(RuntimeError):
 
 @dataclass
 class Trained:
-    """What the optimizer steps of an iteration did."""
+    """What the optimizer steps of an iteration did; ``ahead``: for the ledger, what was planned before them."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     optimizer_steps: int = 0
+    ahead: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare(run: Run, samples: Sequence[TrainSample]) -> Passes:
+    """What can be done before the first pass, since every route is known: experts move; layouts and plans begin."""
+    algorithm, batches = run.config.algorithm, schedule(run, len(samples))
+    moved = Moved()
+    if run.config.balance.reorder and run.step % run.config.balance.reorder_every == 0:
+        with run.phase("reorder"):
+            moved = run.ahead.reorder(samples, batches[: algorithm.mini_batches], run.trainer.reorder)
+    return Passes(
+        run.ahead,
+        samples,
+        batches,
+        replay_old=_mode(run, algorithm.routes.old_logprob) == "replay",
+        replay_train=_mode(run, algorithm.routes.train) == "replay",
+        recompute_old=algorithm.old_logprobs == "recompute",
+        moved=moved,
+    )
+
+
+def schedule(run: Run, count: int) -> list[np.ndarray]:
+    """Indices of the samples of every optimizer step of the iteration, of all epochs.
+
+    Several mini-batches see the samples in an order of their own each epoch, the same after a resume.
+    """
+    algorithm, batches = run.config.algorithm, []
+    for epoch in range(algorithm.epochs_per_batch):
+        shuffle = np.random.Generator(np.random.PCG64([run.config.run.seed, run.step, epoch]))
+        order = shuffle.permutation(count) if algorithm.mini_batches > 1 else np.arange(count)
+        batches += np.array_split(order, min(algorithm.mini_batches, count))
+    return batches
 
 
 def old_and_reference(
-    run: Run, samples: Sequence[TrainSample]
+    run: Run, samples: Sequence[TrainSample], passes: Passes
 ) -> tuple[LogProbs | None, LogProbs | None, dict[str, float]]:
     """Log-probs under the weights before this iteration's updates, and under the reference; None where not needed.
 
@@ -45,9 +80,15 @@ def old_and_reference(
     metrics: dict[str, float] = {}
     batch = run.packing.mini_batch(samples)
     if algorithm.old_logprobs == "recompute":
+        planned = _wait(run, passes.old)
         with run.phase("old_logprob"):
             old, report = run.trainer.logprobs(
-                batch, "actor", "old_logprob", routes=_mode(run, algorithm.routes.old_logprob), settings=run.settings()
+                MiniBatch.make(samples, planned.layout),
+                "actor",
+                "old_logprob",
+                routes=_mode(run, algorithm.routes.old_logprob),
+                settings=run.settings(),
+                plans=planned.plans,
             )
         if report.rows:
             metrics["moe/own_routes_differ_fraction"] = report.differing / report.rows
@@ -76,12 +117,13 @@ def compare_own_routes(run: Run, samples: Sequence[TrainSample]) -> dict[str, fl
     return {"train/rollout_logprob_abs_diff_own_routes": difference}
 
 
-def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample]) -> Trained:
+def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample], passes: Passes) -> Trained:
     """All optimizer steps of an iteration.
 
     Args:
         captured: the samples as rollout gave them.
         samples: the same with advantages.
+        passes: from :func:`prepare`.
 
     Raises:
         RouteMismatch: see there.
@@ -92,22 +134,20 @@ def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample]) 
     trained, sums, tokens = Trained(), {}, 0
     losses, norms, lrs, balance = [], [], [], []
     first: StepOutcome | None = None
-    for epoch in range(algorithm.epochs_per_batch):
-        # Several mini-batches see the samples in an order of their own each epoch, the same after a resume.
-        shuffle = np.random.Generator(np.random.PCG64([run.config.run.seed, run.step, epoch]))
-        order = shuffle.permutation(len(samples)) if algorithm.mini_batches > 1 else np.arange(len(samples))
-        for batch in run.packing.mini_batches(samples, algorithm.mini_batches, order):
-            outcome = run.trainer.train(batch, objective)
-            if mode == "replay":
-                _check_digests(captured, outcome.digests)
-            for name, value in outcome.sums.items():
-                sums[name] = sums.get(name, 0.0) + value
-            first = first or outcome
-            balance.append(outcome.balance)
-            tokens += outcome.tokens
-            losses.append(outcome.loss)
-            norms.append(outcome.grad_norm)
-            lrs.append(outcome.lr)
+    for number, chosen in enumerate(passes.batches):
+        planned = _wait(run, partial(passes.training, number))
+        batch = MiniBatch.make([samples[i] for i in chosen], planned.layout)
+        outcome = run.trainer.train(batch, objective, plans=planned.plans)
+        if mode == "replay":
+            _check_digests(captured, outcome.digests)
+        for name, value in outcome.sums.items():
+            sums[name] = sums.get(name, 0.0) + value
+        first = first or outcome
+        balance.append(outcome.balance)
+        tokens += outcome.tokens
+        losses.append(outcome.loss)
+        norms.append(outcome.grad_norm)
+        lrs.append(outcome.lr)
     trained.optimizer_steps = len(losses)
     trained.metrics = {f"train/{name}": value / max(1, tokens) for name, value in sums.items()}
     if algorithm.old_logprobs == "rollout" and first is not None:
@@ -118,7 +158,8 @@ def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample]) 
             trained.metrics["moe/own_routes_differ_fraction"] = first.differing / first.route_rows
     balanced = merge_groups([part for part in balance if part])
     balanced.pop("moe/max_vio", None)  # the one of rollout's samples has the same meaning in runs without balancing
-    trained.metrics |= balanced
+    trained.metrics |= balanced | passes.metrics()
+    trained.ahead = passes.for_ledger()
     trained.metrics |= {
         "train/loss": float(np.mean(losses)),
         "train/grad_norm": float(np.mean(norms)),
@@ -142,7 +183,7 @@ def record(
             route_digests={s.sample_id: short_digest(s.route_digests) for s in samples if s.route_digests is not None},
             rewards={n.removeprefix("rollout/"): v for n, v in metrics.items() if n.startswith("rollout/reward")},
             timings=dict(run.seconds),
-            extra={"optimizer_steps": trained.optimizer_steps},
+            extra={"optimizer_steps": trained.optimizer_steps, **trained.ahead},
         )
     )
     run.metrics.log(run.step, metrics)
@@ -181,6 +222,12 @@ def _row_spans(sample: Sample) -> tuple[tuple[int, int], ...]:
 def short_digest(layers: np.ndarray) -> str:
     """16 hex digits over the per-layer digests of one sample."""
     return hashlib.blake2b(layers.astype("<u8").tobytes(), digest_size=8).hexdigest()
+
+
+def _wait(run: Run, take: Callable[[], Pass]) -> Pass:
+    """A pass that is prepared in the background; what is waited for it is a phase of its own."""
+    with run.phase("prepare"):
+        return take()
 
 
 def _mode(run: Run, wanted: str) -> str:

@@ -15,7 +15,7 @@ from rl.evaluation import eval_files, judge, read_eval, summarize
 from rl.orchestration.evaluate import evaluate
 from rl.orchestration.experience import generate, rewarded, rollout_metrics, train_samples, with_advantages
 from rl.orchestration.setup import Run, open_run
-from rl.orchestration.steps import Trained, compare_own_routes, old_and_reference, record, save_trace, train
+from rl.orchestration.steps import Trained, compare_own_routes, old_and_reference, prepare, record, save_trace, train
 from rl.orchestration.warmup import warm_up
 from rl.progress import Progress
 from rl.report import write_report
@@ -96,11 +96,12 @@ def one_step(state: Run) -> None:
     if usable := rewarded(samples):
         state.whole = False
         given = train_samples(usable)
-        old, reference, route_metrics = old_and_reference(state, given)
+        passes = prepare(state, given)
+        old, reference, route_metrics = old_and_reference(state, given, passes)
         compared = compare_own_routes(state, given)
         given, advantage_metrics = with_advantages(usable, given, config, old, reference)
         with state.phase("train"):
-            trained = train(state, usable, given)
+            trained = train(state, usable, given, passes)
         trained_metrics = {**advantage_metrics, **route_metrics, **compared, **trained.metrics}
     with state.phase("weight_update"):
         state.update_engines()

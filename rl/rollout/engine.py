@@ -43,6 +43,7 @@ from rl.types import Prompt, RouteRef, Sample
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 RouteSlice = tuple[RouteRef, int, int, int, int]
+RouteRows = tuple[RouteRef, int, int]
 
 
 class EngineTimeout(TimeoutError):
@@ -395,8 +396,21 @@ class RolloutEngine:
         """
         return [
             np.ascontiguousarray((await self._rows(ref))[rows, layers])
-            for ref, rows, layers in [_checked_slice(request) for request in requests]
+            for ref, rows, layers in [routes.checked_slice(request) for request in requests]
         ]
+
+    async def count_routes(self, requests: Sequence[RouteRows]) -> list[np.ndarray]:
+        """How often each expert occurs in runs of rows: int32 ``[MoE layers, experts]`` each; only counts travel.
+
+        Args:
+            requests: ``(reference, row start, row stop)`` each.
+
+        Raises:
+            ValueError: a run lies outside its routes.
+        """
+        assert self.info is not None
+        checked = [routes.checked_slice((ref, first, stop, 0, ref.shape[1])) for ref, first, stop in requests]
+        return [histogram((await self._rows(ref))[rows], self.info.experts) for ref, rows, _ in checked]
 
     async def _rows(self, reference: RouteRef) -> np.ndarray:
         if isinstance(reference.handle, np.ndarray):
@@ -492,17 +506,6 @@ def _describe(engine: Any) -> tuple[tuple[int, ...], int, int]:
     layers = tuple(engine.collective_rpc("ultraep_moe_layer_ids")[0])
     experts, topk = compat.model_shape(engine) if layers else (0, 0)
     return layers, experts, topk
-
-
-def _checked_slice(request: RouteSlice) -> tuple[RouteRef, slice, slice]:
-    reference, row_start, row_stop, layer_start, layer_stop = request
-    rows, layers, _ = reference.shape
-    if not (0 <= row_start <= row_stop <= rows and 0 <= layer_start <= layer_stop <= layers):
-        raise ValueError(
-            f"expected rows within 0..{rows} and MoE layers within 0..{layers}, got rows {row_start}..{row_stop}, "
-            f"layers {layer_start}..{layer_stop}"
-        )
-    return reference, slice(row_start, row_stop), slice(layer_start, layer_stop)
 
 
 def _ray() -> Any | None:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ultraep.replay.validation import route_dtype
+from rl.types import RouteRef
 
 Routes = npt.NDArray[np.unsignedinteger]
 
@@ -74,3 +75,22 @@ def join_versions(
         if not spans or spans[-1][1] != version:
             spans.append((length + start if spans else 0, version))
     return tuple(spans)
+
+
+def checked_slice(request: tuple[RouteRef, int, int, int, int]) -> tuple[RouteRef, slice, slice]:
+    """A part of routes that was asked for, as slices of rows and MoE layers.
+
+    Args:
+        request: ``(reference, row start, row stop, MoE layer start, MoE layer stop)``.
+
+    Raises:
+        ValueError: the part lies outside its routes.
+    """
+    reference, row_start, row_stop, layer_start, layer_stop = request
+    rows, layers, _ = reference.shape
+    if not (0 <= row_start <= row_stop <= rows and 0 <= layer_start <= layer_stop <= layers):
+        raise ValueError(
+            f"expected rows within 0..{rows} and MoE layers within 0..{layers}, got rows {row_start}..{row_stop}, "
+            f"layers {layer_start}..{layer_stop}"
+        )
+    return reference, slice(row_start, row_stop), slice(layer_start, layer_stop)

@@ -9,7 +9,7 @@ rows ``P-1 .. P+R-2`` carry the loss.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ class TrainSample:
         tokens: int32 ``[T]``.
         loss_mask: bool ``[T]``, True for tokens to learn to predict (never the first).
         routes: reference to the captured routes, None to let routers choose.
+        histogram: int32 ``[MoE layers, experts]``, their counts; the driver's, ranks are not sent it.
         advantages, rollout_logprobs, old_logprobs, ref_logprobs: float ``[T]``, aligned with ``tokens``, zero where
             ``loss_mask`` is False; None where the pass does not need them.
     """
@@ -36,6 +37,7 @@ class TrainSample:
     tokens: np.ndarray
     loss_mask: np.ndarray
     routes: RouteRef | None = None
+    histogram: np.ndarray | None = None
     advantages: np.ndarray | None = None
     rollout_logprobs: np.ndarray | None = None
     old_logprobs: np.ndarray | None = None
@@ -64,6 +66,7 @@ class TrainSample:
             tokens=sample.tokens,
             loss_mask=mask,
             routes=sample.routes,
+            histogram=sample.histogram,
             advantages=aligned(advantages),
             rollout_logprobs=aligned(sample.rollout_logprobs),
         )
@@ -99,9 +102,8 @@ class MiniBatch:
     def part(self, rank: int) -> MiniBatch:
         """What data-parallel rank ``rank`` needs."""
         mine = {segment.sample for _, segment in self.layout.segments(rank)}
-        return MiniBatch(
-            self.layout, {i: self.samples[i] for i in sorted(mine)}, self.total_tokens, self.total_sequences
-        )
+        samples = {i: replace(self.samples[i], histogram=None) for i in sorted(mine)}
+        return MiniBatch(self.layout, samples, self.total_tokens, self.total_sequences)
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,13 @@ import ray
 import torch
 
 from megatron_ultraep.layout import Pass
+from megatron_ultraep.megatron.migrate import MoveReport
 from megatron_ultraep.telemetry.metrics import merge_groups
 from rl.training.batch import MiniBatch
+from rl.training.foresight import ExpertGroup, Homes, PassPlans, StagePlans, expert_groups
 from rl.training.passes import PassSettings, RouteMode, RouteReport, RouteSlice
 from rl.training.worker import Objective, TrainerSpec
+from rl.types import RouteRef
 
 _BUCKET_BYTES = 64 << 20
 _PEERS_S = 5.0  # for the death of a rank to be known after its peers have failed
@@ -61,10 +64,17 @@ class RoutesOfEngines:
         self.timeout_s = timeout_s
 
     def __call__(self, requests: Sequence[RouteSlice]) -> list[np.ndarray]:
+        return self._ask("slice_routes", requests)
+
+    def count(self, requests: Sequence[tuple[RouteRef, int, int]]) -> list[np.ndarray]:
+        """Counts of experts in ``(reference, row start, row stop)`` each: int32 ``[MoE layers, experts]``."""
+        return self._ask("count_routes", requests)
+
+    def _ask(self, what: str, requests: Sequence[tuple[Any, ...]]) -> list[np.ndarray]:
         by_engine: dict[int, list[int]] = {}
         for i, request in enumerate(requests):
             by_engine.setdefault(request[0].engine, []).append(i)
-        calls = {e: self.engines[e].slice_routes.remote([requests[i] for i in mine]) for e, mine in by_engine.items()}
+        calls = {e: getattr(self.engines[e], what).remote([requests[i] for i in mine]) for e, mine in by_engine.items()}
         out: list[np.ndarray] = [np.zeros(0)] * len(requests)
         for engine, mine in by_engine.items():
             try:
@@ -105,6 +115,7 @@ class TrainerActor:
             "pid": os.getpid(),
             "coordinates": self.worker.groups.coordinates,
             "seconds": time.perf_counter() - started,
+            "balance": self.worker.balance(),
             "moe_layers": arch.moe_layers,
             "experts": arch.experts,
             "topk": arch.topk,
@@ -114,12 +125,24 @@ class TrainerActor:
         self.routes.engines = engines
 
     def logprobs(
-        self, part: MiniBatch, model: str, pass_: Pass, step: int, routes: RouteMode, settings: PassSettings
+        self,
+        part: MiniBatch,
+        model: str,
+        pass_: Pass,
+        step: int,
+        routes: RouteMode,
+        settings: PassSettings,
+        plans: StagePlans | None,
     ) -> tuple[dict[str, np.ndarray], RouteReport]:
-        return self.worker.logprobs(part, model, pass_, step, routes, settings)
+        return self.worker.logprobs(part, model, pass_, step, routes, settings, plans)
 
-    def train(self, part: MiniBatch, step: int, objective: Objective, lr: float | None) -> Any:
-        return self.worker.train(part, step, objective, lr=lr)
+    def train(
+        self, part: MiniBatch, step: int, objective: Objective, lr: float | None, plans: StagePlans | None
+    ) -> Any:
+        return self.worker.train(part, step, objective, lr=lr, plans=plans)
+
+    def reorder(self, homes: Homes) -> MoveReport:
+        return self.worker.reorder(homes)
 
     def end_warmup(self) -> None:
         self.worker.end_warmup()
@@ -236,12 +259,22 @@ class Trainer:
     # ---------------------------------------------------------------- passes
 
     def logprobs(
-        self, batch: MiniBatch, model: str, pass_: Pass, *, routes: RouteMode, settings: PassSettings
+        self,
+        batch: MiniBatch,
+        model: str,
+        pass_: Pass,
+        *,
+        routes: RouteMode,
+        settings: PassSettings,
+        plans: PassPlans | None = None,
     ) -> tuple[dict[str, np.ndarray], RouteReport]:
-        """Log-probs of the learnt tokens of all samples, ``[T]`` each aligned with tokens, and what routers did."""
-        parts = self._parts(batch)
+        """Log-probs of the learnt tokens of all samples, ``[T]`` each aligned with tokens, and what routers did.
+
+        Plans were made ahead, of the actor's pass; None plans on exact loads.
+        """
+        parts, ahead = self._parts(batch), self._plans(plans)
         calls = [
-            handle.logprobs.remote(parts[self._dp(rank)], model, pass_, self.steps, routes, settings)
+            handle.logprobs.remote(parts[self._dp(rank)], model, pass_, self.steps, routes, settings, ahead[rank])
             for rank, handle in enumerate(self.handles)
         ]
         merged: dict[str, np.ndarray] = {}
@@ -252,11 +285,13 @@ class Trainer:
             total.differing += report.differing
         return merged, total
 
-    def train(self, batch: MiniBatch, objective: Objective, *, lr: float | None = None) -> StepOutcome:
-        """One optimizer step."""
-        parts = self._parts(batch)
+    def train(
+        self, batch: MiniBatch, objective: Objective, *, lr: float | None = None, plans: PassPlans | None = None
+    ) -> StepOutcome:
+        """One optimizer step; plans as for :meth:`logprobs`."""
+        parts, ahead = self._parts(batch), self._plans(plans)
         calls = [
-            handle.train.remote(parts[self._dp(rank)], self.steps, objective, lr)
+            handle.train.remote(parts[self._dp(rank)], self.steps, objective, lr, ahead[rank])
             for rank, handle in enumerate(self.handles)
         ]
         results = self._all(calls, self.limits.step_s, f"optimizer step {self.steps}")
@@ -277,6 +312,27 @@ class Trainer:
                 outcome.seconds[name] = max(outcome.seconds.get(name, 0.0), value)
         outcome.balance = merge_groups([result.balance for result in results if result.balance])
         return outcome
+
+    def reorder(self, homes: Homes) -> MoveReport:
+        """Move experts to new homes between steps; see ``TrainWorker.reorder``.
+
+        Returns:
+            bytes and experts over all pipeline stages, the most waves, and the slowest rank's seconds.
+        """
+        reports = self._call("reorder", homes, limit=self.limits.step_s)
+        # Every rank of a stage reports what the whole stage did.
+        stages = {self.spec.layout.coordinates(rank)["pp"]: report for rank, report in enumerate(reports)}
+        return MoveReport(
+            bytes=sum(report.bytes for report in stages.values()),
+            experts=sum(report.experts for report in stages.values()),
+            waves=max(report.waves for report in reports),
+            seconds=max(report.seconds for report in reports),
+        )
+
+    def expert_groups(self) -> tuple[ExpertGroup, ...]:
+        """The expert-parallel groups that balance, as plans made ahead have to know them; none without balancing."""
+        told = [rank["balance"] for rank in self.ranks]
+        return expert_groups(self.spec.layout, told) if all(each is not None for each in told) else ()
 
     def end_warmup(self) -> None:
         """Fresh optimizer state; the reference takes today's weights."""
@@ -332,6 +388,14 @@ class Trainer:
     def _parts(self, batch: MiniBatch) -> list[Any]:
         """One reference per data-parallel rank: put once for all its tensor and pipeline ranks."""
         return [ray.put(batch.part(dp)) for dp in range(self.spec.layout.dp)]
+
+    def _plans(self, plans: PassPlans | None) -> list[Any]:
+        """By rank a reference to its group's plans, each put once."""
+        if plans is None:
+            return [None] * self.spec.layout.world
+        parts, of_rank = plans.parts(self.spec.layout.world)
+        references = [ray.put(part) for part in parts]
+        return [references[part] for part in of_rank]
 
     def _call(self, name: str, *args: Any, limit: float) -> list[Any]:
         return self._all([getattr(handle, name).remote(*args) for handle in self.handles], limit, name)

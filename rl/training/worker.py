@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ultraep.config import BalanceConfig
-from megatron_ultraep.layout import MicroBatch, Pass
+from megatron_ultraep.layout import MicroBatch, MicroBatchKey, Pass
 from megatron_ultraep.megatron import compat, microbatch
 from megatron_ultraep.megatron.attach import Balancer, attach, moe_layers
 from megatron_ultraep.megatron.checkpoint import home_slot_of
@@ -32,6 +32,7 @@ from rl.models.architecture import read_architecture
 from rl.models.builder import DTYPES, BuiltModel, Recompute, build_model
 from rl.models.weights import export_weights, load_weights
 from rl.training.batch import MiniBatch, PackedTensors, pack_field
+from rl.training.foresight import RankBalance, StagePlans, foreseen, rank_balance
 from rl.training.passes import PassRunner, PassSettings, RouteMode, RouteReport, RouteSource, local_routes
 
 
@@ -68,6 +69,7 @@ class TrainerSpec:
         fuse_gradients: Transformer Engine's kernels add weight gradients to ``main_grad`` themselves.
         permute_fusion: Transformer Engine's kernels permute tokens; needs Transformer Engine.
         overlap: reduce gradients while backward runs, gather the distributed optimizer's parameters while forward runs.
+        reorder: experts will change their homes; whether they can is asked at start.
     """
 
     model_path: str
@@ -83,6 +85,7 @@ class TrainerSpec:
     overlap: bool = False
     fuse_gradients: bool = False
     permute_fusion: bool = False
+    reorder: bool = False
 
 
 class Objective(Protocol):
@@ -217,6 +220,8 @@ class TrainWorker:
             self.runners["reference"] = PassRunner(self.reference, self._replay_of(self.reference), routes)
         self.balancer = self._balance()
         self._move_group: MoveGroup | None = None
+        if spec.reorder:
+            self._move_group = self._make_move_group()
 
     def _replay_of(self, model: BuiltModel) -> RoutingReplay | None:
         return RoutingReplay(model.chunks, model.arch.moe_layer_of()) if model.arch.is_moe else None
@@ -275,15 +280,35 @@ class TrainWorker:
     # ---------------------------------------------------------------- passes
 
     def logprobs(
-        self, batch: MiniBatch, model: str, pass_: Pass, step: int, routes: RouteMode, settings: PassSettings
+        self,
+        batch: MiniBatch,
+        model: str,
+        pass_: Pass,
+        step: int,
+        routes: RouteMode,
+        settings: PassSettings,
+        plans: StagePlans | None = None,
     ) -> tuple[dict[str, Any], RouteReport]:
-        """Log-probs of learnt tokens, see :meth:`PassRunner.logprobs`; model ``"actor"`` or ``"reference"``."""
-        return self.runners[model].logprobs(batch, settings, pass_=pass_, step=step, routes=routes)
+        """Log-probs of learnt tokens, see :meth:`PassRunner.logprobs`; model ``"actor"`` or ``"reference"``.
+
+        Plans are those of the actor; see :meth:`train`.
+        """
+        with self._foreseen(batch, pass_, step, plans):
+            return self.runners[model].logprobs(batch, settings, pass_=pass_, step=step, routes=routes)
+
+    def _foreseen(self, batch: MiniBatch, pass_: Pass, step: int, plans: StagePlans | None) -> Any:
+        mine = batch.layout.micro_batches[self.groups.coordinates["dp"]]
+        keys = [MicroBatchKey(self.actor.name, pass_, step, i) for i in range(len(mine))]
+        ids = batch.layout.sample_ids
+        samples = {
+            key: [ids[s.sample] for s in micro_batch.segments] for key, micro_batch in zip(keys, mine, strict=True)
+        }
+        return foreseen(self.balancer, plans, keys, samples, self.actor.device)
 
     def gradients(
-        self, batch: MiniBatch, step: int, objective: Objective
+        self, batch: MiniBatch, step: int, objective: Objective, plans: StagePlans | None = None
     ) -> tuple[float, dict[str, float], RouteReport]:
-        """Forward and backward of one mini-batch, gradients reduced and left in ``main_grad``."""
+        """Forward and backward of one mini-batch, gradients reduced and left in ``main_grad``; see :meth:`train`."""
         self._empty_gradients()
         runner = self.runners["actor"]
 
@@ -291,14 +316,15 @@ class TrainWorker:
             loss, sums = objective(runner, batch, logits, packed, micro_batch)
             return loss, {"loss": loss.detach(), **sums}
 
-        kept, report = runner.run(
-            batch,
-            pass_="train",
-            step=step,
-            routes=objective.routes,
-            per_micro_batch=per_micro_batch,
-            forward_only=False,
-        )
+        with self._foreseen(batch, "train", step, plans):
+            kept, report = runner.run(
+                batch,
+                pass_="train",
+                step=step,
+                routes=objective.routes,
+                per_micro_batch=per_micro_batch,
+                forward_only=False,
+            )
         sums: dict[str, float] = {}
         if self.groups.coordinates["tp"] == 0:
             for entry in kept:
@@ -306,7 +332,15 @@ class TrainWorker:
                     sums[name] = sums.get(name, 0.0) + float(value)
         return sums.pop("loss", 0.0), sums, report
 
-    def train(self, batch: MiniBatch, step: int, objective: Objective, *, lr: float | None = None) -> TrainResult:
+    def train(
+        self,
+        batch: MiniBatch,
+        step: int,
+        objective: Objective,
+        *,
+        lr: float | None = None,
+        plans: StagePlans | None = None,
+    ) -> TrainResult:
         """One optimizer step.
 
         Args:
@@ -314,11 +348,15 @@ class TrainWorker:
             step: of the micro-batch keys.
             objective: the loss.
             lr: learning rate of this step; None follows the schedule.
+            plans: made ahead, of this rank; given to all ranks or to none. None plans on exact loads.
+
+        Raises:
+            ForesightMismatch: on all ranks, before the optimizer steps, where routes are not those planned for.
         """
         started = time.perf_counter()
         if self.balancer is not None:
             self.balancer.metrics()  # of passes before this one
-        loss, sums, report = self.gradients(batch, step, objective)
+        loss, sums, report = self.gradients(batch, step, objective, plans)
         computed = time.perf_counter()
         if lr is not None:
             for group in self.optimizer.param_groups:
@@ -358,12 +396,21 @@ class TrainWorker:
             raise ValueError("only balanced layers send tokens to experts that changed their homes: enable balancing")
         self._empty_gradients()
         if self._move_group is None:
-            self._move_group = make_move_group(
-                self.actor.wrapped, self.optimizer, self.groups.collection, timeout_s=self.spec.collective_s
-            )
+            self._move_group = self._make_move_group()
         report = move_experts(self.actor.wrapped, self.optimizer, homes, self._move_group, limit_bytes=limit_bytes)
         self.balancer.rehome({number: tuple(home_slot) for number, home_slot in homes.items()})
         return report
+
+    def _make_move_group(self) -> MoveGroup:
+        return make_move_group(
+            self.actor.wrapped, self.optimizer, self.groups.collection, timeout_s=self.spec.collective_s
+        )
+
+    def balance(self) -> RankBalance | None:
+        """What the driver has to know to plan ahead; None without balancing."""
+        if self.balancer is None:
+            return None
+        return rank_balance(self.balancer, self.actor.chunks, self.actor.arch.moe_layer_of())
 
     def _empty_gradients(self) -> None:
         for chunk in self.actor.wrapped:

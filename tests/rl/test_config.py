@@ -199,6 +199,7 @@ def test_the_message_lists_one_violation_per_line():
     assert lines[2].startswith("  - sampling.top_k: ")
 
 
+EP4 = [("trainer.ranks", 4), ("trainer.parallel.ep", 4)]
 TWO_TP = [("trainer.ranks", 2), ("trainer.parallel.tp", 2), ("trainer.sequence_parallel", True)]
 
 BROKEN = [
@@ -238,6 +239,18 @@ BROKEN = [
         [("trainer.ranks", 2), ("trainer.parallel.ep", 2), ("balance", {"enabled": True, "node_size": 4})],
         "balance.node_size",
         "divisor of trainer.parallel.ep = 2",
+    ),
+    ([("balance.foresight", True)], "balance.foresight", "enable balancing"),
+    ([*EP4, ("balance", {"enabled": True, "reorder": True})], "balance.reorder", "makes one node of all"),
+    (
+        [*EP4, ("balance", {"enabled": True, "compose": True}), ("rollout.capture_routes", False)],
+        "balance.compose",
+        "capture routes or remove it",
+    ),
+    (
+        [*EP4, ("balance", {"enabled": True, "foresight": True}), ("algorithm.routes.train", "own")],
+        "balance.foresight",
+        "set `replay`",
     ),
     ([*TWO_TP, ("trainer.sequence_parallel", False)], "trainer.sequence_parallel", "expected true"),
     ([("trainer.sequence_parallel", True)], "trainer.sequence_parallel", "expected false"),
@@ -300,6 +313,8 @@ VALID = [
     [("trainer.ranks", 8), ("trainer.parallel", {"tp": 2, "pp": 2, "ep": 2}), ("trainer.sequence_parallel", True)],
     [("trainer.ranks", 2), ("trainer.parallel", {"pp": 2, "vpp": 2})],
     [("trainer.ranks", 2), ("trainer.parallel.ep", 2), ("balance.enabled", True)],
+    [*EP4, ("balance", {"enabled": True, "node_size": 2, "foresight": True, "reorder": True, "compose": True})],
+    [*EP4, ("balance", {"enabled": True, "foresight": True}), ("algorithm.routes.old_logprob", "own")],
     [("data.eval.seed", 100)],
     [("data.eval", {"reasoning_gym": "leg_counting", "size": 50, "seed": 0})],
     [("warmup", {"steps": 10, "batch_size": 10, "examples_seed": 900})],
