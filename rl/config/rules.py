@@ -203,7 +203,7 @@ def _layout(config: RunConfig) -> Iterator[Violation]:
 
 def _ahead(config: RunConfig) -> Iterator[Violation]:
     """What is planned from rollout's routes."""
-    balance, parallel = config.balance, config.trainer.parallel
+    balance = config.balance
     for name in ("foresight", "reorder", "compose"):
         if not getattr(balance, name):
             continue
@@ -225,14 +225,6 @@ def _ahead(config: RunConfig) -> Iterator[Violation]:
             "plans are made for the routes of rollout, and algorithm.routes.train is own: every plan would be for "
             "other routes than training takes; set `replay`, or foresight to false (exact loads are then planned on).",
             ("algorithm.routes.train",),
-        )
-    if balance.reorder and balance.enabled and not 0 < balance.node_size < parallel.ep:
-        yield Violation(
-            "balance.reorder",
-            f"experts move to balance nodes, and balance.node_size = {balance.node_size} makes one node of all "
-            f"trainer.parallel.ep = {parallel.ep} ranks, which copies alone balance; set node_size to the ranks that "
-            "share NVLink, or remove it.",
-            ("balance.node_size", "trainer.parallel.ep"),
         )
 
 

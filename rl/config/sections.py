@@ -204,7 +204,7 @@ class BalanceSection(Section):
     reorder: bool = Field(
         False,
         description="Between iterations, move experts to other ranks, optimizer states included, so that nodes are "
-        "balanced for the coming batch.",
+        "balanced for the coming batch, and ranks where copies cannot do it.",
     )
     reorder_every: int = Field(1, ge=1, description="Iterations between choices of homes.")
     reorder_horizon: int = Field(
@@ -213,8 +213,8 @@ class BalanceSection(Section):
     )  # fmt: skip
     move_ns_per_mib: int = Field(
         25_000, ge=0, le=10**9,
-        description="Time that a link is held up by 1 MiB of a moved expert (ns); 25,000 is a network of 400 Gbit/s a "
-        "GPU.",
+        description="Time that a link is held up by 1 MiB of an expert that moves to another node (ns); 25,000 is a "
+        "network of 400 Gbit/s a GPU. Inside a node a move is weighed like a copy.",
     )  # fmt: skip
     compose: bool = Field(
         False,

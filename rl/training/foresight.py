@@ -280,7 +280,8 @@ def choose_homes(
     Args:
         groups, homes: as for :func:`submit`, homes as they are.
         loads: of each group, of all micro-batches that are to come.
-        move_ns_per_mib: time that a link is held up by 1 MiB of an expert's state (ns).
+        move_ns_per_mib: time that a link is held up by 1 MiB of an expert's state on its way to another node (ns);
+            inside a node it is weighed like a copy.
         horizon: iterations for which such loads are expected.
     """
     together: dict[tuple[int, ...], list[int]] = {}
@@ -291,12 +292,13 @@ def choose_homes(
         group = groups[members[0]]
         costs = [groups[i].settings.costs for i in members]
         gate = all(cost is not None for cost in costs)
-        ps_per_kib = move_ns_per_mib * 1000 // _KIB_PER_MIB if gate else 0
+        across = move_ns_per_mib * 1000 // _KIB_PER_MIB if gate else 0
+        inside = min(across, max((cost.copy_ps_per_kib for cost in costs if cost is not None), default=0))
         settings = ReorderSettings(
             token_ps=max(cost.token_ps for cost in costs if cost is not None) if gate else 1,
             expert_bytes=group.expert_bytes,
-            node_ps_per_kib=ps_per_kib,
-            cross_ps_per_kib=ps_per_kib,
+            node_ps_per_kib=inside if gate else 0,
+            cross_ps_per_kib=across,
             horizon=horizon,
         )
         plans = reorder(np.concatenate([loads[i] for i in members]), group.layouts(homes), settings)

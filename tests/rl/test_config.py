@@ -241,7 +241,7 @@ BROKEN = [
         "divisor of trainer.parallel.ep = 2",
     ),
     ([("balance.foresight", True)], "balance.foresight", "enable balancing"),
-    ([*EP4, ("balance", {"enabled": True, "reorder": True})], "balance.reorder", "makes one node of all"),
+    ([("balance.reorder", True)], "balance.reorder", "enable balancing"),
     (
         [*EP4, ("balance", {"enabled": True, "compose": True}), ("rollout.capture_routes", False)],
         "balance.compose",
