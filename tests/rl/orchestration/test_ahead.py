@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 from megatron_ultraep.megatron.groups import ParallelLayout
 from megatron_ultraep.megatron.migrate import MoveReport
@@ -18,7 +19,7 @@ from rl.orchestration.ahead import Ahead, Moved, Passes
 from rl.orchestration.experience import Packing
 from rl.training import checkpoint
 from rl.training.foresight import expert_groups, group_loads
-from tests.rl.orchestration.command import Command, ledger_lines, tiny_config
+from tests.rl.orchestration.command import ROOT, Command, ledger_lines
 from tests.rl.training.balancing import biased_model
 from tests.rl.training.planning import skewed_samples
 from tests.rl.training.test_foresight import told
@@ -151,35 +152,42 @@ def test_without_balancing_passes_are_packed_by_length(arch):
 
 # ------------------------------------------------------------------ whole runs
 PLANNED = {"foresight": True, "reorder": True, "compose": True, "node_size": 2}
+STRENGTH = 6.0
 
 
-def run(directory, name, balance, *arguments, **changes):
-    """One run of the loop, its routers skewed, in float64; returns its directory."""
-    (directory / name).mkdir(exist_ok=True)
-    config = tiny_config(
-        directory / name,
-        run__steps=STEPS,
-        model={
-            "path": str(directory / "model"),
-            "create": "tests.rl.training.balancing:biased_model",
-            "create_args": {"strength": 25.0, "layers": 2, "hidden": 32},
-            "dtype": "float64",
-        },
-        data__train__size=12,
-        data__prompts_per_step=4,
-        rollout__max_model_len=640,
-        trainer__ranks=4,
-        trainer__parallel={"ep": 4},
-        trainer__tokens_per_micro_batch=640,
-        trainer__distributed_optimizer=False,
-        trainer__optimizer={"lr": 1e-3, "clip_grad": 0.0},
-        algorithm__mini_batches=2,
-        evaluation={"prompts": 4, "at_start": False, "at_end": False},
-        checkpoint__every=0,
-        balance=balance,
-        **changes,
-    )
-    command = Command(config, *arguments)
+def odd(sample, args):
+    """A reward that any model gets now and then: the share of odd tokens."""
+    return float(np.mean(sample.response_tokens % 2))
+
+
+def run(directory, name, balance):
+    """A few iterations of the smoke recipe, routers skewed, in float64 on four ranks; returns its directory."""
+    (directory / name).mkdir()
+    config = yaml.safe_load((ROOT / "recipes" / "smoke.yaml").read_text())
+    config["run"] |= {"steps": STEPS, "output_dir": str(directory / name / "run")}
+    config["model"] |= {
+        "path": str(directory / "model"),
+        "create": "tests.rl.training.balancing:biased_task_model",
+        "dtype": "float64",
+    }
+    config["model"]["create_args"] |= {"strength": STRENGTH}
+    config["data"] |= {"prompts_per_step": 16}
+    config["reward"] = {"path": "tests.rl.orchestration.test_ahead:odd"}
+    config["trainer"] |= {
+        "ranks": 4,
+        "parallel": {"ep": 4},
+        "tokens_per_micro_batch": 512,
+        "distributed_optimizer": False,
+    }
+    config["trainer"]["optimizer"] |= {"clip_grad": 0.0}
+    config["algorithm"]["routes"]["compare_own_every"] = 2
+    config["warmup"] |= {"steps": 5, "batch_size": 32, "examples": 160}
+    config["evaluation"] = {"prompts": 4, "at_start": False, "at_end": False}
+    config["logging"] = {"wandb": "off", "tensorboard": False}
+    config["balance"] = balance
+    path = directory / name / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = Command(path)
     try:
         assert command.end(600) == 0, command.output()[-3000:]
         assert command.orphans() == []
@@ -202,7 +210,8 @@ def test_losses_are_those_of_the_run_without(runs):
     off, on = (read_metrics(runs[name]) for name in ("off", "on"))
     for step in range(1, STEPS + 1):
         assert on[step]["rollout/reward/mean"] == off[step]["rollout/reward/mean"]
-        for name in ("train/loss", "train/grad_norm", "train/rollout_logprob_abs_diff"):
+        assert off[step]["train/grad_norm"] > 0
+        for name in ("train/loss", "train/grad_norm", "train/ppo_kl", "train/rollout_logprob_abs_diff"):
             assert on[step][name] == pytest.approx(off[step][name], rel=1e-7, abs=1e-10), name
         assert not any(name.startswith(("moe/foresight", "moe/reorder", "moe/compose")) for name in off[step])
 
@@ -226,9 +235,9 @@ def test_everything_was_planned_and_experts_moved(runs):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_ledger_and_checkpoint_know_plans_and_homes(runs):
-    Ledger.read(runs["on"]).verify_exactly_once(0, 12)
+    assert len(Ledger.read(runs["on"]).records) == STEPS
     lines = ledger_lines(runs["on"])
-    assert all(len(line["extra"]["plans"]) == 3 for line in lines)  # old log-probs, two optimizer steps
+    assert all(len(line["extra"]["plans"]) == 5 for line in lines)  # old log-probs, four optimizer steps
     assert all(len(digest) == 16 for line in lines for digest in line["extra"]["plans"])
     homes = {}
     for line in lines:

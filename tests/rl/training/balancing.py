@@ -26,15 +26,34 @@ BALANCE = BalanceConfig(slots=2, min_tokens=1, gate=False, tolerance=0.0)
 def biased_model(path: str | Path, *, strength: float, seed: int = 3, **model: Any) -> str:
     """A tiny model whose routers prefer low-numbered experts.
 
+    Args:
+        strength: see :func:`skew`.
+    """
+    directory = tiny.qwen3_moe(path, seed=seed, **model)
+    skew(Path(directory), strength, seed)
+    return str(directory)
+
+
+def biased_task_model(path: str | Path, *, strength: float, **model: Any) -> str:
+    """A tiny model with the tokenizer of a reasoning-gym task, as the smoke recipe makes it, with such routers."""
+    directory = tiny.for_reasoning_gym(path, **model)
+    skew(Path(directory), strength, seed=3)
+    return str(directory)
+
+
+def skew(directory: Path, strength: float, seed: int) -> None:
+    """Make a model's routers prefer low-numbered experts.
+
     One direction is added to every embedding, and to each router's row of expert e in proportion to ``-e``.
 
     Args:
+        directory: of the model, in one file.
         strength: difference of the logits of the first and the last expert, roughly.
+        seed: of the direction.
     """
     from safetensors.torch import load_file, save_file
 
-    directory = tiny.qwen3_moe(path, seed=seed, **model)
-    file = Path(directory) / "model.safetensors"
+    file = directory / "model.safetensors"
     tensors = load_file(file)
     hidden = tensors["model.embed_tokens.weight"].shape[1]
     direction = torch.randn(hidden, generator=torch.Generator().manual_seed(seed))
@@ -47,7 +66,6 @@ def biased_model(path: str | Path, *, strength: float, seed: int = 3, **model: A
             preference = -torch.arange(experts) / (experts - 1)
             gate += (strength / hidden**0.5) * preference[:, None] * direction
     save_file(tensors, file, metadata={"format": "pt"})
-    return str(directory)
 
 
 class Watch:
