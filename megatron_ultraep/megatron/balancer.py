@@ -14,6 +14,7 @@ from megatron_ultraep import plan as planners
 from megatron_ultraep.config import BalanceConfig
 from megatron_ultraep.layout import ExpertLayout, MicroBatchKey
 from megatron_ultraep.megatron import microbatch
+from megatron_ultraep.megatron.checkpoint import home_slot_of, set_home_slot
 from megatron_ultraep.megatron.dispatcher import physical_dispatcher
 from megatron_ultraep.megatron.experts import PhysicalExperts
 from megatron_ultraep.megatron.plan_log import PlanLog
@@ -77,7 +78,7 @@ class Balancer:
 
         Args:
             layer: a Megatron-core ``MoELayer`` on this balancer's expert-parallel group.
-            home_slot: where experts live, a permutation; as Megatron has them by default.
+            home_slot: where experts live, a permutation; where they are already by default.
             parent: the transformer layer it is in; what comes before the experts there hides the way home of replicas'
                 gradients.
             early: main gradients are not looked at before backward has ended (DDP without overlapped reduction).
@@ -90,7 +91,7 @@ class Balancer:
         if reasons:
             raise Unsupported(f"{name_of(layer)} cannot be balanced: " + "; ".join(reasons))
         assert self.transport is not None
-        layout = self._layout(layer, home_slot)
+        layout = self._layout(layer, home_slot or home_slot_of(layer))
         experts = PhysicalExperts(layer.experts, layout.slots)
         turn = len(self._layers) % self.config.slot_sets
         pool = self._pools.get((experts.shape, turn))
@@ -128,6 +129,8 @@ class Balancer:
         object.__setattr__(layer, ATTRIBUTE, attached)
         layer.__class__ = balanced_class(type(layer))
         self._layers.append(layer)
+        if home_slot:
+            set_home_slot(layer, home_slot)
 
     @property
     def settings(self) -> PlanSettings:
@@ -287,7 +290,17 @@ class Balancer:
         return sum(pool.bytes for pool in self._pools.values())
 
     def release(self) -> None:
-        """Give all layers back as they were, and close."""
+        """Give all layers back as they were, and close.
+
+        Raises:
+            Unsupported: experts are away from where Megatron has them: stock layers would take others for them.
+        """
+        away = [each for each in self._layers if home_slot_of(each) != tuple(range(each.config.num_moe_experts))]
+        if away:
+            raise Unsupported(
+                f"experts of {', '.join(map(name_of, away))} are away from where Megatron has them: move them back "
+                "before detaching"
+            )
         for layer in self._layers:
             attached: Attached = getattr(layer, ATTRIBUTE)
             layer.__class__ = attached.stock_class

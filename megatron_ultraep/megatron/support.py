@@ -153,6 +153,11 @@ TESTED: tuple[Tested, ...] = (
         f"{_LAYER}[top-2-symmetric]",
     ),
     Tested("routing replay", f"{_TRAINING}[distributed optimizer, overlapped]"),
+    Tested("plans made ahead from routes", "tests/rl/training/test_foresight.py::test_training_equals_stock"),
+    Tested(
+        "experts that change their homes between steps, plain and distributed optimizer",
+        "tests/rl/training/test_reorder.py::test_training_and_resuming_equal_stock",
+    ),
     Tested(
         "checkpoints written with and without balancing load either way",
         "tests/rl/training/test_balancing.py::test_replicas_are_nobodys_parameters",

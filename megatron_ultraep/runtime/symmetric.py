@@ -48,7 +48,7 @@ _WAITED_FOR = {
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Blocks of 512 threads: the share of the multiprocessors (132 on an H100) that a side kernel may take.
 _PLACE_BLOCKS = 48
-_REDUCE_BLOCKS = 24
+_REDUCE_BLOCKS = 16
 _CLEAR_BLOCKS = 16
 _STASH_BLOCKS = 264
 

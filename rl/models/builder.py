@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from megatron_ultraep.layout import ExpertLayout
 from megatron_ultraep.megatron import compat, cpu
 from megatron_ultraep.megatron.groups import ModelGroups
 from rl.models.architecture import Architecture, UnsupportedModel
@@ -42,7 +41,6 @@ class BuiltModel:
         groups: its process groups.
         config: Megatron's ``TransformerConfig``.
         chunks: bare ``GPTModel`` chunks, one per virtual stage.
-        expert_layout: home of every expert, on this model's expert-parallel group.
         dtype: of the parameters.
     """
 
@@ -51,7 +49,6 @@ class BuiltModel:
     groups: ModelGroups
     config: Any
     chunks: list[torch.nn.Module]
-    expert_layout: ExpertLayout | None
     dtype: torch.dtype
     wrapped: list[torch.nn.Module] = field(default_factory=list)
 
@@ -261,5 +258,4 @@ def build_model(
             chunk.cuda(torch.cuda.current_device())
         chunk.vp_stage = stage
         chunks.append(chunk)
-    expert_layout = ExpertLayout(arch.experts, groups.layout.ep) if arch.is_moe else None
-    return BuiltModel(name, arch, groups, config, chunks, expert_layout, dtype)
+    return BuiltModel(name, arch, groups, config, chunks, dtype)

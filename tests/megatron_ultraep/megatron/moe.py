@@ -15,6 +15,7 @@ from megatron_ultraep.config import BalanceConfig
 from megatron_ultraep.layout import ExpertLayout
 from megatron_ultraep.megatron import compat, cpu
 from megatron_ultraep.megatron.attach import attach, detach, make_balancer
+from megatron_ultraep.megatron.checkpoint import set_home_slot
 from megatron_ultraep.megatron.groups import ParallelLayout, create_groups
 from megatron_ultraep.megatron.support import Unsupported
 
@@ -213,8 +214,15 @@ def permuted(case: Case, home_slot: tuple[int, ...]) -> dict[str, Any]:
             found[expert, name] = balanced.pop(name.format(place))
     per_rank = experts // world
     expected = {(rank * per_rank + i, name): stock.pop(name.format(i)) for i in range(per_rank) for name in names}
+    refused = ""
+    try:
+        balancer.release()
+    except Unsupported as error:
+        refused = str(error)
+    set_home_slot(layer, range(experts))
     balancer.release()
-    return {"stock": stock, "balanced": balanced, "home": found, "expected": expected, "replicas": balancer.replicas}
+    same = {"stock": stock, "balanced": balanced, "home": found, "expected": expected, "replicas": balancer.replicas}
+    return same | {"refused": refused}
 
 
 def frozen_experts(case: Case) -> dict[str, Any]:

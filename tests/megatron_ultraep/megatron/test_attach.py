@@ -91,6 +91,7 @@ def test_permuted_homes(ranks, home_slot):
     assert worst(home, expected)[0] <= 1e-12
     for result in results:
         assert worst(result["balanced"], result["stock"])[0] <= 1e-12
+        assert "are away from where Megatron has them: move them back" in result["refused"]
     assert results[0]["replicas"] > 0
 
 
