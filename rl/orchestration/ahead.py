@@ -30,8 +30,9 @@ from megatron_ultraep.layout import BatchLayout
 from megatron_ultraep.megatron.migrate import MoveReport
 from megatron_ultraep.plan.compose import Gain, compose, gain
 from megatron_ultraep.plan.foresight import Foreseer, Histogram, Rows
-from rl.config.sections import BalanceSection
+from rl.config.sections import BalanceSection, RunConfig
 from rl.orchestration.experience import Packing
+from rl.rollout.pool import EnginePool
 from rl.training.batch import TrainSample
 from rl.training.foresight import (
     ExpertGroup,
@@ -42,6 +43,7 @@ from rl.training.foresight import (
     group_loads,
     submit,
 )
+from rl.training.group import RoutesOfEngines, Trainer
 from rl.types import RouteRef
 
 CountRows = Callable[[Sequence[tuple[RouteRef, int, int]]], Sequence[Histogram]]
@@ -110,6 +112,20 @@ class Ahead:
         self.homes: dict[int, tuple[int, ...]] = {}
         self._foreseer = Foreseer() if self.active and section.foresight else None
         self.thread = ThreadPoolExecutor(1, "ahead")
+
+    @staticmethod
+    def of_run(config: RunConfig, topk: int, pool: EnginePool, trainer: Trainer, packing: Packing) -> Ahead:
+        """Plans with the integers that the trainer's ranks measured; engines count parts of samples."""
+        engines = RoutesOfEngines(config.run.limits.generate_s)
+        engines.engines = list(pool.handles)
+        return Ahead(
+            config.balance,
+            trainer.expert_groups(),
+            packing,
+            topk=topk,
+            count=engines.count,
+            timeout_s=config.run.limits.train_step_s,
+        )
 
     @property
     def active(self) -> bool:

@@ -36,7 +36,7 @@ from rl.rewards.runner import RewardRunner
 from rl.rollout.config import EngineConfig, Sampling
 from rl.rollout.pool import EnginePool
 from rl.training import checkpoint
-from rl.training.group import RoutesOfEngines, Trainer, TrainerDied, TrainerLimits
+from rl.training.group import Trainer, TrainerDied, TrainerLimits
 from rl.training.passes import PassSettings
 from rl.training.worker import OptimizerSpec, TrainerSpec
 
@@ -227,7 +227,7 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
         started = time.perf_counter()
         pool, trainer = _start_actors(config, stack)
         packing = Packing(trainer.spec.layout, config.trainer.tokens_per_micro_batch)
-        ahead = stack.enter_context(_ahead(config, arch, pool, trainer, packing))
+        ahead = stack.enter_context(Ahead.of_run(config, arch.topk, pool, trainer, packing))
         run = Run(
             config=config,
             arch=arch,
@@ -438,20 +438,6 @@ def _start_actors(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Engin
         pool, trainer = starting_pool.result(), starting_trainer.result()
     trainer.connect(pool.handles)
     return pool, trainer
-
-
-def _ahead(config: RunConfig, arch: Architecture, pool: EnginePool, trainer: Trainer, packing: Packing) -> Ahead:
-    """Plans with the integers that the ranks measured."""
-    engines = RoutesOfEngines(config.run.limits.generate_s)
-    engines.engines = list(pool.handles)
-    return Ahead(
-        config.balance,
-        trainer.expert_groups(),
-        packing,
-        topk=arch.topk,
-        count=engines.count,
-        timeout_s=config.run.limits.train_step_s,
-    )
 
 
 def _engine_config(config: RunConfig) -> EngineConfig:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from megatron_ultraep.replay import histogram
 from rl.models import tiny
 from rl.rollout.config import EngineConfig, Sampling
 from rl.rollout.engine import EngineInfo
@@ -98,13 +99,18 @@ def test_histogram_counts_the_rows(engine: EngineProcess) -> None:
         np.testing.assert_array_equal(sample.histogram[layer], expected)
 
 
-def test_routes_are_sliced_by_rows_and_layers(engine: EngineProcess) -> None:
+def test_routes_are_sliced_and_counted_by_rows_and_layers(engine: EngineProcess) -> None:
     sample = generate(engine, prompt("slices", 20), 1, free(20))[0]
     parts = engine.call("slice_routes", [(sample.routes, 3, 9, 1, 2), (sample.routes, 0, 39, 0, 3)])
     np.testing.assert_array_equal(parts[0], sample.routes.handle[3:9, 1:2])
     np.testing.assert_array_equal(parts[1], sample.routes.handle)
     with pytest.raises(ValueError, match=r"rows within 0\.\.39"):
         engine.call("slice_routes", [(sample.routes, 0, 40, 0, 3)])
+    counts = engine.call("count_routes", [(sample.routes, 3, 9), (sample.routes, 0, 39)])
+    np.testing.assert_array_equal(counts[0], histogram(sample.routes.handle[3:9], 8))
+    np.testing.assert_array_equal(counts[1], sample.histogram)
+    with pytest.raises(ValueError, match=r"rows within 0\.\.39"):
+        engine.call("count_routes", [(sample.routes, 0, 40)])
 
 
 def test_prefix_hits_return_full_routes(engine: EngineProcess, models: dict[str, Path]) -> None:
