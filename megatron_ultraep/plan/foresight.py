@@ -19,7 +19,7 @@ from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPo
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ import numpy.typing as npt
 from megatron_ultraep.layout import ExpertLayout
 from megatron_ultraep.plan import quota, search
 from megatron_ultraep.plan.loads import Histogram, Rows, needed_counts, step_loads
-from megatron_ultraep.plan.types import Array, NodeDecision, Plan, PlanSettings
+from megatron_ultraep.plan.types import Array, NodeDecision, Plan, PlanSettings, stride
 
 __all__ = [
     "Foreseer",
@@ -235,7 +235,7 @@ class StepPlan:
             last = np.append(c.column[1:] == 1, True)
             of_expert = c.microbatch[last], c.layer[last], c.expert[last]
             table[(*of_expert, 0)] = 1 + c.column[last]
-            table[(*of_expert, 2)] = _stride(loads[of_expert].astype(np.int64))
+            table[(*of_expert, 2)] = stride(loads[of_expert].astype(np.int64))
             # The sum up to a copy is the tokens less those of the copies behind it.
             sums = np.cumsum(sent)
             behind = sums[last][np.cumsum(c.column == 1) - 1] - sums + sent
@@ -359,20 +359,6 @@ def _check_step(loads: Array, layouts: Sequence[ExpertLayout]) -> ExpertLayout:
 
 def _smallest(values: Array) -> npt.DTypeLike:
     return np.uint16 if values.max(initial=0) < 2**16 and values.min(initial=0) >= 0 else np.int32
-
-
-def _stride(count: Array) -> Array:
-    """The stride of each count of tokens that ``runtime.reroute`` and the kernels have.
-
-    The least integer from ``floor(0.618 * count)`` on that is coprime to the count.
-    """
-    found: Array = np.maximum(1, count * 618 // 1000)
-    safe = np.maximum(1, count)
-    shared: Any = np.gcd(found, safe) != 1
-    while shared.any():
-        found = found + shared
-        shared = np.gcd(found, safe) != 1
-    return found
 
 
 class PlanHandle:

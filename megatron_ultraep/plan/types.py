@@ -217,3 +217,17 @@ def imbalance(tokens: npt.ArrayLike) -> float:
     values = np.asarray(tokens, dtype=np.float64)
     mean = float(values.mean())
     return float(values.max()) / mean if mean else 1.0
+
+
+def stride(count: Array) -> Array:
+    """By how much the ordinals of an expert's tokens are multiplied, so that neighbours spread over copies.
+
+    For each count of tokens the least integer from ``floor(0.618 * count)`` on that is coprime to it.
+    """
+    found: Array = np.maximum(1, count * 618 // 1000)
+    safe = np.maximum(1, count)
+    while True:
+        shared = np.gcd(found, safe) != 1
+        if not shared.any():
+            return found
+        found = found + shared

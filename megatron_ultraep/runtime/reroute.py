@@ -10,18 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_ultraep.plan.types import Plan
-
-
-def stride(count: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The stride for each count of tokens: the least integer from ``floor(0.618 * count)`` on that is coprime to it."""
-    found = np.maximum(1, count * 618 // 1000)
-    safe = np.maximum(1, count)
-    while True:
-        shared = np.gcd(found, safe) != 1
-        if not shared.any():
-            return found
-        found = found + shared
+from megatron_ultraep.plan.types import Plan, stride
 
 
 def tables(plan: Plan, source: int) -> npt.NDArray[np.int64]:
