@@ -152,7 +152,7 @@ def test_without_balancing_passes_are_packed_by_length(arch):
 
 # ------------------------------------------------------------------ whole runs
 PLANNED = {"foresight": True, "reorder": True, "compose": True, "node_size": 2}
-STRENGTH = 6.0
+STRENGTH = 0.6
 
 
 def odd(sample, args):
@@ -160,11 +160,11 @@ def odd(sample, args):
     return float(np.mean(sample.response_tokens % 2))
 
 
-def run(directory, name, balance):
+def run(directory, name, balance, steps, *arguments):
     """A few iterations of the smoke recipe, routers skewed, in float64 on four ranks; returns its directory."""
-    (directory / name).mkdir()
+    (directory / name).mkdir(exist_ok=True)
     config = yaml.safe_load((ROOT / "recipes" / "smoke.yaml").read_text())
-    config["run"] |= {"steps": STEPS, "output_dir": str(directory / name / "run")}
+    config["run"] |= {"steps": steps, "output_dir": str(directory / name / "run")}
     config["model"] |= {
         "path": str(directory / "model"),
         "create": "tests.rl.training.balancing:biased_task_model",
@@ -187,7 +187,7 @@ def run(directory, name, balance):
     config["balance"] = balance
     path = directory / name / "config.yaml"
     path.write_text(yaml.safe_dump(config))
-    command = Command(path)
+    command = Command(path, *arguments)
     try:
         assert command.end(600) == 0, command.output()[-3000:]
         assert command.orphans() == []
@@ -198,10 +198,12 @@ def run(directory, name, balance):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same iterations: stock, and balanced with everything that is planned ahead."""
+    """The same iterations: stock, and balanced with everything planned ahead, the last of them after a resume."""
     directory = tmp_path_factory.mktemp("ahead")
     every = {"enabled": True, "gate": False, "min_tokens": 1, "tolerance": 0.0, **PLANNED}
-    return {name: run(directory, name, balance) for name, balance in (("off", {}), ("on", every))}
+    off = run(directory, "off", {}, STEPS)
+    run(directory, "on", every, STEPS - 1)
+    return {"off": off, "on": run(directory, "on", every, STEPS, "--resume", "auto")}
 
 
 @pytest.mark.slow
