@@ -182,13 +182,13 @@ def measure(
     found = {m: of_comparator(m, loads, layout, ultraep_floor) for m in ("none", "ultraep")}
     found["replicas"], _ = planned([], layers, time.perf_counter())
     begun = time.perf_counter()
-    moves = reorder(loads, layers, costs)
+    moves = reorder(loads, layers, costs, plans=settings)
     found["ours"], ours = planned(moves, [move.layout for move in moves], begun)
     begun = time.perf_counter()
-    moves = reorder(previous, layers, costs)
+    moves = reorder(previous, layers, costs, plans=settings)
     stale = [move.layout for move in moves]
     found["ours-stale"], _ = planned(moves, stale, begun)
-    again = reorder(loads, stale, costs)
+    again = reorder(loads, stale, costs, plans=settings)
     return found, ours, sum(move.bytes_in_node + move.bytes_across for move in again)
 
 
@@ -283,7 +283,7 @@ def planning_seconds(layers: int, repeats: int) -> dict[str, Any]:
         begun, busy = time.perf_counter(), time.process_time()
         loads = step_loads(batch, samples, sources, topk=TOPK, threads=CORES)
         counted = time.perf_counter()
-        moves = reorder(loads, layouts, COSTS, threads=CORES)
+        moves = reorder(loads, layouts, COSTS, plans=SETTINGS, threads=CORES)
         ordered = time.perf_counter()
         step = solve_step(loads, [move.layout for move in moves], SETTINGS, threads=CORES)
         ended = time.perf_counter()

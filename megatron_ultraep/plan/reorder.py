@@ -8,7 +8,8 @@ states: they have to suit all micro-batches of the step at once. :func:`reorder`
 
 is least. Predicted is the mean of the busiest node where there are slots, which replicas come within their tolerance
 of, and what slots cannot reach (:mod:`megatron_ultraep.plan.reorder_ranks`, step 3); the busiest rank itself where
-there are none.
+there are none. Where it is known how the step will be planned, the planner itself is asked about nodes that slots may
+not reach, and their homes are repaired (:mod:`megatron_ultraep.plan.reorder_repair`).
 
 Invariants, whatever the loads:
 
@@ -18,7 +19,8 @@ Invariants, whatever the loads:
 3. The same arguments give the same bits, on any rank and any machine.
 
 Source: reordering for replayed routes is ReLibra's and ForeMoE's idea; LPT is Graham's; the search is our own
-(:mod:`megatron_ultraep.plan.reorder_search`, then :mod:`megatron_ultraep.plan.reorder_ranks`).
+(:mod:`megatron_ultraep.plan.reorder_search`, then :mod:`megatron_ultraep.plan.reorder_ranks` and
+:mod:`megatron_ultraep.plan.reorder_repair`).
 
 Legend: ``M`` micro-batches, ``N`` MoE layers, ``G`` ranks, ``E`` logical experts, ``D`` ranks of a node.
 """
@@ -34,10 +36,10 @@ from functools import cached_property
 import numpy as np
 
 from megatron_ultraep.layout import ExpertLayout
-from megatron_ultraep.plan import reorder_ranks, reorder_search
+from megatron_ultraep.plan import reorder_ranks, reorder_repair, reorder_search
 from megatron_ultraep.plan.reorder_search import Floats
 from megatron_ultraep.plan.search import MOST_TOKENS
-from megatron_ultraep.plan.types import Array
+from megatron_ultraep.plan.types import Array, PlanSettings
 
 _EXACT_BITS = 52  # integers that float64 holds, with a bit to spare
 
@@ -98,7 +100,7 @@ class MovePlan:
         bytes_in_node, bytes_across: moved inside nodes and between them.
         move_ps: time of the moves (ps).
         before_ps, after_ps: time of the layer in one step, predicted for the homes as they are and as they will be
-            (ps, computing alone).
+            (ps, computing alone); by the planner itself where it was asked about the homes.
     """
 
     before: ExpertLayout
@@ -117,7 +119,12 @@ class MovePlan:
 
 
 def reorder(
-    loads: Array, layouts: Sequence[ExpertLayout], settings: ReorderSettings, *, threads: int | None = None
+    loads: Array,
+    layouts: Sequence[ExpertLayout],
+    settings: ReorderSettings,
+    *,
+    plans: PlanSettings | None = None,
+    threads: int | None = None,
 ) -> list[MovePlan]:
     """Choose the homes of every layer for the coming step.
 
@@ -126,6 +133,8 @@ def reorder(
             balances the sum only.
         layouts: of each MoE layer, as they are.
         settings: costs.
+        plans: with which :func:`megatron_ultraep.plan.foresight.solve_step` will plan the step, to repair nodes that it
+            could not balance; None leaves them.
         threads: that plan side by side; None: one for each core of this process. The result does not depend on it.
 
     Returns:
@@ -137,13 +146,15 @@ def reorder(
     loads = _check(loads, layouts)
 
     def of_layer(layer: int) -> MovePlan:
-        return _reorder_layer(_totals(loads, layer), layouts[layer], settings)
+        return _reorder_layer(_totals(loads, layer), layouts[layer], settings, plans)
 
     with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(of_layer, range(len(layouts))))
 
 
-def _reorder_layer(tokens: Floats, layout: ExpertLayout, settings: ReorderSettings) -> MovePlan:
+def _reorder_layer(
+    tokens: Floats, layout: ExpertLayout, settings: ReorderSettings, plans: PlanSettings | None
+) -> MovePlan:
     """The plan of one layer; ``tokens``: float64 ``[E, M]``, integers."""
     part_ranks = layout.node_size if layout.slots else 1
     parts = layout.ranks // part_ranks
@@ -168,12 +179,12 @@ def _reorder_layer(tokens: Floats, layout: ExpertLayout, settings: ReorderSettin
         weight,
         shift,
     )
+    if plans is not None and layout.slots:
+        placed, before, after = _repaired(tokens, layout, placed, (before, after), settings, plans)
     new = layout
     if not np.array_equal(placed, home_slot):
         new = ExpertLayout(layout.experts, layout.ranks, tuple(placed.tolist()), layout.node_size, layout.slots)
-    old_rank, new_rank = home_slot // layout.experts_per_rank, placed // layout.experts_per_rank
-    across = int(np.count_nonzero(old_rank // layout.node_size != new_rank // layout.node_size))
-    inside = int(np.count_nonzero(old_rank != new_rank)) - across
+    inside, across = _moved(home_slot, placed, layout)
     return MovePlan(
         before=layout,
         layout=new,
@@ -183,6 +194,40 @@ def _reorder_layer(tokens: Floats, layout: ExpertLayout, settings: ReorderSettin
         before_ps=settings.token_ps * int(before) // part_ranks,
         after_ps=settings.token_ps * int(after) // part_ranks,
     )
+
+
+def _repaired(
+    tokens: Floats,
+    layout: ExpertLayout,
+    placed: Array,
+    predicted: tuple[float, float],
+    settings: ReorderSettings,
+    plans: PlanSettings,
+) -> tuple[Array, float, float]:
+    """Home slots ``[E]`` and predictions, before and after, with nodes repaired; unchanged where that does not pay.
+
+    Predictions are tokens of the busiest node, summed over micro-batches.
+    """
+    home_slot = np.asarray(layout.home_slot, dtype=np.int64)
+    token_ps = settings.token_ps * settings.horizon
+    inside_ps, across_ps = (settings.move_ps(layout.ranks, across=across) for across in (False, True))
+    found = reorder_repair.repair(tokens, home_slot, placed, layout, plans, token_ps, inside_ps)
+    if found is None:
+        return placed, *predicted
+    # What the planner said of the present homes is better known than what was predicted.
+    before = found.before * layout.node_size if np.array_equal(placed, home_slot) else int(predicted[0])
+    after = found.after * layout.node_size
+    inside, across = _moved(home_slot, found.home_slot, layout)
+    if token_ps * (before - after) <= layout.node_size * (inside * inside_ps + across * across_ps):
+        return placed, *predicted
+    return found.home_slot, before, after
+
+
+def _moved(old: Array, new: Array, layout: ExpertLayout) -> tuple[int, int]:
+    """Experts that change their rank inside a node, and across."""
+    old_rank, new_rank = old // layout.experts_per_rank, new // layout.experts_per_rank
+    across = int(np.count_nonzero(old_rank // layout.node_size != new_rank // layout.node_size))
+    return int(np.count_nonzero(old_rank != new_rank)) - across, across
 
 
 def _shift(tokens: Floats) -> int:

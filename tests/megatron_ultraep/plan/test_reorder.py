@@ -187,6 +187,80 @@ def test_slots_are_helped_inside_a_node():
     assert after < before
 
 
+@st.composite
+def crowded(draw):
+    """Nodes of one cold rank and others a little too hot."""
+    node_size, nodes, per_rank = draw(st.integers(4, 8)), draw(st.integers(1, 2)), draw(st.integers(2, 4))
+    ranks, slots = node_size * nodes, draw(st.integers(1, 2))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    tokens = rng.integers(0, 60, (ranks, per_rank))
+    tokens[:, 0] = rng.integers(950, 1150, ranks)
+    tokens[::node_size, 0] = 60
+    loads = rng.poisson(tokens.ravel(), (draw(st.integers(1, 4)), 1, ranks, ranks * per_rank)).astype(np.int64)
+    layout = ExpertLayout(ranks * per_rank, ranks, node_size=node_size, slots=slots)
+    return loads, [layout], draw(st.sampled_from([CHEAP, DEAR, FREE]))
+
+
+def seven_hot_ranks():
+    """Loads ``[M, 1, G, E]`` of 7 experts about as hot as a rank's mean and 25 cold ones, steady; and their homes.
+
+    Two slots of the only cold rank serve two ranks, whose slots serve four more; one is left.
+    """
+    hot = [70, 69, 68, 66, 65, 64, 62]
+    rest = [[1, 0, 0], [1, 0, 0], [1, 1, 0], [2, 0, 0], [2, 1, 0], [2, 2, 1], [3, 2, 1]]
+    tokens = np.array([[a, *b] for a, b in zip(hot, rest, strict=True)] + [[4, 4, 4, 3]]).ravel() * 1000 + 10
+    rng = np.random.default_rng(0)
+    loads = np.stack([rng.poisson(tokens / 8, (1, 8, 32)) for _ in range(3)]).astype(np.int64)
+    return loads, ExpertLayout(32, 8, node_size=8, slots=2)
+
+
+def busiest(loads, layout, plans):
+    """Tokens of the busiest rank of each micro-batch, planned by itself."""
+    return np.array([solve(exact, layout, plans).after.max() for exact in loads[:, 0]])
+
+
+def test_nodes_that_cannot_be_planned_are_repaired():
+    loads, layout = seven_hot_ranks()
+    plans = PlanSettings(min_tokens=256, tolerance_ppm=5_000)
+    bound = -(-loads.sum(axis=(1, 2, 3)) // 8)
+    left = reorder(loads, [layout], CHEAP)[0]
+    assert (busiest(loads, left.layout, plans) > 1.05 * bound).all()
+    made = reorder(loads, [layout], CHEAP, plans=plans)[0]
+    assert (busiest(loads, made.layout, plans) <= 1.005 * bound).all()
+    assert made.after_ps == CHEAP.token_ps * busiest(loads, made.layout, plans).sum()
+    assert made.bytes_across == 0
+    assert len(made.moves) <= len(left.moves) + 2
+    assert reorder(loads, [made.layout], CHEAP, plans=plans)[0].moves == ()
+
+
+def test_repairs_pay():
+    loads, layout = seven_hot_ranks()
+    plans = PlanSettings(min_tokens=256, tolerance_ppm=5_000)
+    gain = int((busiest(loads, layout, plans) - 1.005 * -(-loads.sum(axis=(1, 2, 3)) // 8)).sum())
+    for factor, moves in ((0.95, 2), (1.05, 0)):  # of two moves against what they save
+        ps = int(factor * gain * 1000 * 8 / 2)
+        costs = ReorderSettings(token_ps=1000, expert_bytes=1024, node_ps_per_kib=ps, cross_ps_per_kib=ps)
+        assert len(reorder(loads, [layout], costs, plans=plans)[0].moves) == moves
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.one_of(problems(), crowded()), st.sampled_from([1, 50, 1000]), st.sampled_from([0, 5_000, 10_000]))
+def test_repaired_homes_are_legal_and_pay(problem, floor, tolerance):
+    loads, layouts, costs = problem
+    plans = PlanSettings(floor, tolerance)
+    repaired = reorder(loads, layouts, costs, plans=plans, threads=1)
+    assert repaired == reorder(np.asfortranarray(loads), layouts, costs, plans=plans, threads=3)
+    for made, kept in zip(repaired, reorder(loads, layouts, costs), strict=True):
+        old, new = made.before, made.layout
+        moved = {e for e, _, _ in made.moves}
+        assert all(old.home_slot[e] == new.home_slot[e] for e in range(old.experts) if e not in moved)
+        for e in range(old.experts):  # repairs stay inside nodes
+            assert new.home_rank(e) // old.node_size == kept.layout.home_rank(e) // old.node_size
+        assert made == kept or made.layout != kept.layout
+        if moved:
+            assert made.before_ps - made.after_ps > made.move_ps - 1  # rounded down to ps
+
+
 def test_nothing_moves_where_it_does_not_pay():
     rng = np.random.default_rng(1)
     layout = ExpertLayout(32, 8, node_size=4, slots=1)
