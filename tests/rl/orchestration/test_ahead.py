@@ -21,8 +21,7 @@ from rl.training import checkpoint
 from rl.training.foresight import expert_groups, group_loads
 from tests.rl.orchestration.command import ROOT, Command, ledger_lines
 from tests.rl.training.balancing import biased_model
-from tests.rl.training.planning import skewed_samples
-from tests.rl.training.test_foresight import told
+from tests.rl.training.planning import skewed_samples, told
 
 STEPS = 3
 LAYOUT = ParallelLayout(world=4, ep=4)

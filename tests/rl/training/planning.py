@@ -9,9 +9,10 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_ultraep.config import BalanceConfig
-from megatron_ultraep.layout import BatchLayout, MicroBatchKey
+from megatron_ultraep.layout import BatchLayout, ExpertLayout, MicroBatchKey
 from megatron_ultraep.megatron.groups import ParallelLayout
 from megatron_ultraep.plan.foresight import solve_step
+from megatron_ultraep.plan.types import PlanSettings
 from megatron_ultraep.replay import histogram
 from rl.models.architecture import Architecture
 from rl.models.weights import export_weights
@@ -75,6 +76,18 @@ def skewed_samples(arch: Architecture, seed: int) -> list[TrainSample]:
         routes = np.argsort(-scores, axis=-1)[..., : arch.topk].astype(np.uint8)
         reference = RouteRef(routes, 0, routes.shape, "uint8")
         found.append(replace(sample, routes=reference, histogram=histogram(routes, arch.experts)))
+    return found
+
+
+def told(layout: ParallelLayout, experts: int = 8, layers: int = 4, **shape: int) -> list[RankBalance]:
+    """What the ranks of a layout would tell."""
+    per_stage = layers // layout.pp
+    found = []
+    for rank in range(layout.world):
+        stage = layout.coordinates(rank)["pp"]
+        numbers = range(1 + stage * per_stage, 1 + (stage + 1) * per_stage)
+        layouts = {n: ExpertLayout(experts, layout.ep, slots=2, **shape) for n in numbers}
+        found.append(RankBalance(PlanSettings(1), layouts, {n: n - 1 for n in range(1, layers + 1)}, 1000))
     return found
 
 

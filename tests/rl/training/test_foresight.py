@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 
 from megatron_ultraep.config import BalanceConfig
-from megatron_ultraep.layout import ExpertLayout
 from megatron_ultraep.megatron.groups import ParallelLayout
 from megatron_ultraep.plan.types import PlanSettings
 from megatron_ultraep.runtime.foresight import ForesightMismatch
-from rl.training.foresight import PassPlans, RankBalance, choose_homes, expert_groups, group_loads
+from rl.training.foresight import PassPlans, choose_homes, expert_groups, group_loads
 from rl.training.worker import TrainWorker
 from tests.ranks import RankError
 from tests.rl.training.balancing import biased_model
 from tests.rl.training.common import make_layout, worst
-from tests.rl.training.planning import BALANCE, Run, loads_of, merge, skewed_samples, train
+from tests.rl.training.planning import BALANCE, Run, loads_of, merge, skewed_samples, told, train
 
 NODES = dataclasses.replace(BALANCE, node_size=2)
 SYMMETRIC = dataclasses.replace(BALANCE, transport="symmetric")
@@ -124,18 +123,6 @@ def test_a_layout_that_cannot_be_balanced_says_so(ranks, directory):
 
 
 # ------------------------------------------------------------------ the driver's half, without ranks
-
-
-def told(layout, experts=8, layers=4, **shape):
-    """What the ranks of a layout would tell."""
-    per_stage = layers // layout.pp
-    found = []
-    for rank in range(layout.world):
-        stage = layout.coordinates(rank)["pp"]
-        numbers = range(1 + stage * per_stage, 1 + (stage + 1) * per_stage)
-        layouts = {n: ExpertLayout(experts, layout.ep, slots=2, **shape) for n in numbers}
-        found.append(RankBalance(PlanSettings(1), layouts, {n: n - 1 for n in range(1, layers + 1)}, 1000))
-    return found
 
 
 def test_groups_are_those_of_megatron():
