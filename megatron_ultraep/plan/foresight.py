@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import NamedTuple
 
 import numpy as np
@@ -408,7 +408,7 @@ class Foreseer:
         if processes < 1:
             raise ValueError(f"expected processes >= 1, got {processes}")
         # Spawned: this process may hold CUDA, threads and process groups.
-        self._pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"))
+        self._pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent)
         self._threads = threads
         for _ in range(processes):
             self._pool.submit(_warm_up)  # the first step need not wait for imports and compilation
@@ -449,6 +449,19 @@ class Foreseer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed closes no pool: end when it does."""
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, name="end-with-parent", daemon=True).start()
 
 
 def _warm_up() -> None:

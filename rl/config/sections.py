@@ -206,6 +206,11 @@ class BalanceSection(Section):
         description="Between iterations, move experts to other ranks, optimizer states included, so that nodes are "
         "balanced for the coming batch, and ranks where copies cannot do it.",
     )
+    reorder_by: Literal["coming", "previous"] = Field(
+        "coming",
+        description="Which routes choose homes: those of the coming batch, then experts move between rollout and "
+        "training; or those of the iteration before, then they move while engines generate, and nobody waits.",
+    )
     reorder_every: int = Field(1, ge=1, description="Iterations between choices of homes.")
     reorder_horizon: int = Field(
         1, ge=1, le=1024, description="Iterations for which loads like those of the coming batch are expected; an "

@@ -6,7 +6,8 @@
 
 Three things of their own, each behind its field of ``balance``:
 
-- ``reorder``: :meth:`Ahead.reorder` chooses where experts are at home for the iteration and moves them.
+- ``reorder``: :meth:`Ahead.reorder` chooses where experts are at home for the iteration and moves them; or
+  :meth:`Ahead.begin_reorder` does it while engines generate, by the routes of the iteration before.
 - ``compose``: training's micro-batches are composed so that their expert loads balance.
 - ``foresight``: every pass that replays routes is planned by a process of its own while the one before it runs.
 
@@ -110,6 +111,7 @@ class Ahead:
         self.section, self.groups, self.packing = section, tuple(groups), packing
         self.topk, self.count, self.timeout_s = topk, count, timeout_s
         self.homes: dict[int, tuple[int, ...]] = {}
+        self._previous: list[np.ndarray] | None = None
         self._foreseer = Foreseer() if self.active and section.foresight else None
         self.thread = ThreadPoolExecutor(1, "ahead")
 
@@ -148,9 +150,30 @@ class Ahead:
         started = time.perf_counter()
         if not self.active or not self.section.reorder or not _have_routes(samples):
             return Moved()
+        return self._reorder(self._loads_of(samples, batches), move, started)
+
+    def remember(self, samples: Sequence[TrainSample], batches: Sequence[np.ndarray]) -> None:
+        """Keep the loads of an iteration for :meth:`begin_reorder`; arguments as for :meth:`reorder`."""
+        if self.active and self.section.reorder:
+            self._previous = self._loads_of(samples, batches) if _have_routes(samples) else None
+
+    def begin_reorder(self, move: Callable[[Homes], MoveReport]) -> Future[Moved] | None:
+        """Do what :meth:`reorder` does for the loads that are remembered, in the background; None without any.
+
+        The trainer does nothing else meanwhile, and passes are prepared when it has ended.
+        """
+        loads, self._previous = self._previous, None
+        if loads is None:
+            return None
+        return self.thread.submit(lambda: self._reorder(loads, move, time.perf_counter()))
+
+    def _loads_of(self, samples: Sequence[TrainSample], batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Of each group, all batches one after the other, packed by length."""
         parts = [[samples[i] for i in batch] for batch in batches]
         of_batch = [self._loads(part, self.packing.layout_of(part)) for part in parts]
-        loads = [np.concatenate(of_group) for of_group in zip(*of_batch, strict=True)]
+        return [np.concatenate(of_group) for of_group in zip(*of_batch, strict=True)]
+
+    def _reorder(self, loads: list[np.ndarray], move: Callable[[Homes], MoveReport], started: float) -> Moved:
         chosen = choose_homes(
             self.groups,
             self.homes,

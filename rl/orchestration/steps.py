@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -37,13 +38,38 @@ class Trained:
     ahead: dict[str, Any] = field(default_factory=dict)
 
 
-def prepare(run: Run, samples: Sequence[TrainSample]) -> Passes:
-    """What can be done before the first pass, since every route is known: experts move; layouts and plans begin."""
-    algorithm, batches = run.config.algorithm, schedule(run, len(samples))
-    moved = Moved()
-    if run.config.balance.reorder and run.step % run.config.balance.reorder_every == 0:
+@contextlib.contextmanager
+def moving(run: Run) -> Iterator[Callable[[], Moved]]:
+    """Experts move while engines generate, if homes are chosen by the iteration before; yields how to wait for it.
+
+    Waits at the end, also of a failed rollout: nothing else may be asked of the trainer while experts move.
+    """
+    balance, begun = run.config.balance, None
+    if balance.reorder_by == "previous" and run.step % balance.reorder_every == 0:
+        begun = run.ahead.begin_reorder(run.trainer.reorder)
+    try:
+        yield lambda: Moved() if begun is None else begun.result()
+    finally:
+        if begun is not None:
+            with run.phase("reorder"):
+                begun.exception()  # raised by whoever asks for the result
+
+
+def prepare(run: Run, samples: Sequence[TrainSample], moved: Moved) -> Passes:
+    """What can be done before the first pass, since every route is known: experts move; layouts and plans begin.
+
+    Args:
+        run: the run.
+        samples: of the iteration.
+        moved: during rollout.
+    """
+    balance, algorithm, batches = run.config.balance, run.config.algorithm, schedule(run, len(samples))
+    of_epoch = batches[: algorithm.mini_batches]
+    if balance.reorder_by == "previous":
+        run.ahead.remember(samples, of_epoch)
+    elif balance.reorder and run.step % balance.reorder_every == 0:
         with run.phase("reorder"):
-            moved = run.ahead.reorder(samples, batches[: algorithm.mini_batches], run.trainer.reorder)
+            moved = run.ahead.reorder(samples, of_epoch, run.trainer.reorder)
     return Passes(
         run.ahead,
         samples,

@@ -15,7 +15,16 @@ from rl.evaluation import eval_files, judge, read_eval, summarize
 from rl.orchestration.evaluate import evaluate
 from rl.orchestration.experience import generate, rewarded, rollout_metrics, train_samples, with_advantages
 from rl.orchestration.setup import Run, open_run
-from rl.orchestration.steps import Trained, compare_own_routes, old_and_reference, prepare, record, save_trace, train
+from rl.orchestration.steps import (
+    Trained,
+    compare_own_routes,
+    moving,
+    old_and_reference,
+    prepare,
+    record,
+    save_trace,
+    train,
+)
 from rl.orchestration.warmup import warm_up
 from rl.progress import Progress
 from rl.report import write_report
@@ -87,8 +96,9 @@ def one_step(state: Run) -> None:
     started, state.seconds = time.perf_counter(), {}
     take = min(config.data.prompts_per_step, state.prompts_left())
     prompts, cursor = state.data.train.batch(state.cursor, take)
-    with state.phase("generate"):
+    with moving(state) as moved, state.phase("generate"):
         samples = generate(state.pool, prompts, config.data.samples_per_prompt, state.sampling, config.run.seed)
+    experts_moved = moved()
     with state.phase("reward"):
         samples = state.reward.score(samples)
     save_trace(state, samples)
@@ -96,7 +106,7 @@ def one_step(state: Run) -> None:
     if usable := rewarded(samples):
         state.whole = False
         given = train_samples(usable)
-        passes = prepare(state, given)
+        passes = prepare(state, given, experts_moved)
         old, reference, route_metrics = old_and_reference(state, given, passes)
         compared = compare_own_routes(state, given)
         given, advantage_metrics = with_advantages(usable, given, config, old, reference)

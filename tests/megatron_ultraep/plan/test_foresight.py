@@ -1,8 +1,13 @@
 """A step's plans are those of ``solve``, and a rank's tables and counts are those of the plans."""
 
 import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,6 +21,7 @@ from megatron_ultraep.runtime import reroute
 from megatron_ultraep.runtime.planning import splits_of
 from tests.megatron_ultraep.plan.cases import problems, random_loads
 
+ROOT = Path(__file__).resolve().parents[3]
 GATE = Costs(token_ps=1000, copy_ps_per_kib=1024, replica_bytes=100, fixed_ps=5000)
 
 
@@ -183,3 +189,26 @@ def test_a_process_plans_in_the_background():
             foreseer.submit(wrong, layouts, options).result(120.0)
     with pytest.raises(RuntimeError, match="has ended or was closed"):
         foreseer.submit(loads, layouts, options)
+
+
+def test_a_killed_parent_leaves_no_planning_process(tmp_path):
+    script = tmp_path / "plans.py"
+    script.write_text(
+        """
+import time
+from megatron_ultraep.plan.foresight import Foreseer
+
+if __name__ == "__main__":
+    foreseer = Foreseer()
+    foreseer._pool.submit(int).result()  # it runs
+    print(*foreseer._pool._processes, flush=True)
+    time.sleep(60)
+"""
+    )
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    gone, alive = psutil.wait_procs(children, timeout=20)
+    assert len(gone) == 1
+    assert not alive

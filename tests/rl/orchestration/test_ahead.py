@@ -136,6 +136,19 @@ def test_experts_move_where_it_pays_and_the_next_plans_know(arch):
     assert len(moves.homes) == 2
 
 
+def test_experts_move_during_rollout_by_the_iteration_before(arch):
+    samples, moves = skewed_samples(arch, 1), Moves()
+    with make_ahead(arch, reorder=True) as now:
+        expected = now.reorder(samples, batches_of(samples), Moves()).homes
+    with make_ahead(arch, reorder=True, reorder_by="previous") as ahead:
+        assert ahead.begin_reorder(moves) is None, "there was no iteration yet"
+        ahead.remember(samples, batches_of(samples))
+        begun = ahead.begin_reorder(moves)
+        assert begun.result(60).homes == expected == ahead.homes
+        assert moves.homes == [expected]
+        assert ahead.begin_reorder(moves) is None, "once for each iteration"
+
+
 def test_without_balancing_passes_are_packed_by_length(arch):
     samples = skewed_samples(arch, 1)
     packing = Packing(LAYOUT, 64)
