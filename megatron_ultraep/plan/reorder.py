@@ -179,6 +179,7 @@ def _reorder_layer(
         weight,
         shift,
     )
+    placed = _in_old_slots(placed, home_slot, layout.experts_per_rank)
     if plans is not None and layout.slots:
         placed, before, after = _repaired(tokens, layout, placed, (before, after), settings, plans)
     new = layout
@@ -217,10 +218,23 @@ def _repaired(
     # What the planner said of the present homes is better known than what was predicted.
     before = found.before * layout.node_size if np.array_equal(placed, home_slot) else int(predicted[0])
     after = found.after * layout.node_size
-    inside, across = _moved(home_slot, found.home_slot, layout)
+    repaired = _in_old_slots(found.home_slot, home_slot, layout.experts_per_rank)
+    inside, across = _moved(home_slot, repaired, layout)
     if token_ps * (before - after) <= layout.node_size * (inside * inside_ps + across * across_ps):
         return placed, *predicted
-    return found.home_slot, before, after
+    return repaired, before, after
+
+
+def _in_old_slots(placed: Array, origin: Array, homes: int) -> Array:
+    """int64 ``[E]``: every expert on its rank, those that stay in their old slots; searches mix slots."""
+    rank = placed // homes
+    stays = rank == origin // homes
+    slots = np.where(stays, origin, -1)
+    come = np.nonzero(~stays)[0]
+    free = np.ones(len(origin), dtype=np.bool_)
+    free[origin[stays]] = False
+    slots[come[np.argsort(rank[come], kind="stable")]] = np.nonzero(free)[0]  # as many in a rank as come to it
+    return slots
 
 
 def _moved(old: Array, new: Array, layout: ExpertLayout) -> tuple[int, int]:

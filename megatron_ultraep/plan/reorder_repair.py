@@ -42,7 +42,7 @@ class Repaired:
     """An arrangement, and what the planner makes of a layer before and after.
 
     Attributes:
-        home_slot: int64 ``[E]``.
+        home_slot: int64 ``[E]``; only the ranks count, slots are as they came.
         before, after: tokens of the busiest rank, summed over micro-batches, as given and as repaired; nodes that are
             not in doubt are taken to reach their mean.
     """
@@ -80,7 +80,7 @@ def repair(
 
     Args:
         tokens: float64 ``[E, M]``, integers: tokens of each expert in each micro-batch.
-        origin: int64 ``[E]``: home slots before the step; an expert back on its rank is back in its slot.
+        origin: int64 ``[E]``: home slots before the step.
         placed: int64 ``[E]``: home slots chosen so far.
         layout: the shape; at least one slot a rank.
         plans: settings of the plans of the step.
@@ -121,7 +121,9 @@ def repair(
         changed |= exchanged is not arranged
     if not changed:
         return None
-    return Repaired(_home_slots(expert_at, origin, homes), int(before.sum()), int(after.sum()))
+    home_slot = np.empty_like(placed)
+    home_slot[expert_at] = np.arange(len(placed))
+    return Repaired(home_slot, int(before.sum()), int(after.sum()))
 
 
 def _peaks(
@@ -196,15 +198,3 @@ def _exchanges(totals: Array, homes: int) -> Iterator[tuple[int, int]]:
         for b in hottest_first[i + 1 :]:
             for k in range(1, homes):
                 yield a * homes + int(within[a, 0]), b * homes + int(within[b, k])
-
-
-def _home_slots(expert_at: Array, origin: Array, homes: int) -> Array:
-    """int64 ``[E]``: every expert on its rank in ``expert_at``; those that stay on a rank keep their slots."""
-    rank = np.empty(len(origin), dtype=np.int64)
-    rank[expert_at] = np.arange(len(origin)) // homes
-    stays = rank == origin // homes
-    placed = np.where(stays, origin, -1)
-    free = np.setdiff1d(np.arange(len(origin)), origin[stays])  # ascending, as many in a rank as come to it
-    come = np.nonzero(~stays)[0]
-    placed[come[np.argsort(rank[come], kind="stable")]] = free
-    return placed

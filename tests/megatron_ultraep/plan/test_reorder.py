@@ -34,6 +34,20 @@ def problems(draw):
     return loads, layouts, draw(st.sampled_from([CHEAP, DEAR, FREE]))
 
 
+@st.composite
+def crowded(draw):
+    """Nodes of one cold rank and others a little too hot."""
+    node_size, nodes, per_rank = draw(st.integers(4, 8)), draw(st.integers(1, 2)), draw(st.integers(2, 4))
+    ranks, slots = node_size * nodes, draw(st.integers(1, 2))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    tokens = rng.integers(0, 60, (ranks, per_rank))
+    tokens[:, 0] = rng.integers(950, 1150, ranks)
+    tokens[::node_size, 0] = 60
+    loads = rng.poisson(tokens.ravel(), (draw(st.integers(1, 4)), 1, ranks, ranks * per_rank)).astype(np.int64)
+    layout = ExpertLayout(ranks * per_rank, ranks, node_size=node_size, slots=slots)
+    return loads, [layout], draw(st.sampled_from([CHEAP, DEAR, FREE]))
+
+
 def predicted(loads, layout):
     """Sum over micro-batches of the tokens of the busiest part, and ranks of a part; ``loads``: ``[M, G, E]``."""
     size = layout.node_size if layout.slots else 1
@@ -54,7 +68,7 @@ def predicted(loads, layout):
 
 
 @settings(max_examples=150, deadline=None)
-@given(problems())
+@given(st.one_of(problems(), crowded()))
 def test_moves_are_told_and_pay(problem):
     loads, layouts, costs = problem
     for layer, made in enumerate(reorder(loads, layouts, costs)):
@@ -185,20 +199,6 @@ def test_slots_are_helped_inside_a_node():
         int(solve(loads[0, 0], each, PlanSettings(min_tokens=10)).after.max()) for each in (layout, made.layout)
     )
     assert after < before
-
-
-@st.composite
-def crowded(draw):
-    """Nodes of one cold rank and others a little too hot."""
-    node_size, nodes, per_rank = draw(st.integers(4, 8)), draw(st.integers(1, 2)), draw(st.integers(2, 4))
-    ranks, slots = node_size * nodes, draw(st.integers(1, 2))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    tokens = rng.integers(0, 60, (ranks, per_rank))
-    tokens[:, 0] = rng.integers(950, 1150, ranks)
-    tokens[::node_size, 0] = 60
-    loads = rng.poisson(tokens.ravel(), (draw(st.integers(1, 4)), 1, ranks, ranks * per_rank)).astype(np.int64)
-    layout = ExpertLayout(ranks * per_rank, ranks, node_size=node_size, slots=slots)
-    return loads, [layout], draw(st.sampled_from([CHEAP, DEAR, FREE]))
 
 
 def seven_hot_ranks():
