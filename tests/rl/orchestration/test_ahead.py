@@ -210,23 +210,28 @@ def run(directory, name, balance, steps, *arguments):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same iterations: stock, and balanced with everything planned ahead, the last of them after a resume."""
+    """The same iterations: stock; with everything planned ahead, the last after a resume; and moving during rollout."""
     directory = tmp_path_factory.mktemp("ahead")
     every = {"enabled": True, "gate": False, "min_tokens": 1, "tolerance": 0.0, **PLANNED}
     off = run(directory, "off", {}, STEPS)
     run(directory, "on", every, STEPS - 1)
-    return {"off": off, "on": run(directory, "on", every, STEPS, "--resume", "auto")}
+    return {
+        "off": off,
+        "on": run(directory, "on", every, STEPS, "--resume", "auto"),
+        "meanwhile": run(directory, "meanwhile", every | {"reorder_by": "previous"}, STEPS),
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_losses_are_those_of_the_run_without(runs):
-    off, on = (read_metrics(runs[name]) for name in ("off", "on"))
+@pytest.mark.parametrize("name", ["on", "meanwhile"])
+def test_losses_are_those_of_the_run_without(runs, name):
+    off, on = (read_metrics(runs[each]) for each in ("off", name))
     for step in range(1, STEPS + 1):
         assert on[step]["rollout/reward/mean"] == off[step]["rollout/reward/mean"]
         assert off[step]["train/grad_norm"] > 0
-        for name in ("train/loss", "train/grad_norm", "train/ppo_kl", "train/rollout_logprob_abs_diff"):
-            assert on[step][name] == pytest.approx(off[step][name], rel=1e-7, abs=1e-10), name
+        for metric in ("train/loss", "train/grad_norm", "train/ppo_kl", "train/rollout_logprob_abs_diff"):
+            assert on[step][metric] == pytest.approx(off[step][metric], rel=1e-7, abs=1e-10), metric
         assert not any(name.startswith(("moe/foresight", "moe/reorder", "moe/compose")) for name in off[step])
 
 
@@ -244,6 +249,16 @@ def test_everything_was_planned_and_experts_moved(runs):
     assert metrics[1]["moe/reorder/bytes"] > 0
     report = (runs["on"] / "report.html").read_text()
     assert "Experts that changed their homes" in report
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_experts_moved_during_rollout(runs):
+    metrics = read_metrics(runs["meanwhile"])
+    assert metrics[1]["moe/reorder/experts_moved"] == 0, "there was no iteration before"
+    assert metrics[2]["moe/reorder/experts_moved"] > 0
+    for step in range(2, STEPS + 1):  # nobody waits for what rollout hides
+        assert metrics[step]["perf/time/reorder"] < metrics[step]["moe/reorder/seconds"]
 
 
 @pytest.mark.slow
