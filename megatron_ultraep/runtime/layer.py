@@ -414,9 +414,9 @@ class LayerBalancer:
         """
         if link.call is not None and link.call.idle:
             return homes
-        self._release(link)
         if link.slots is None and not link.sent:  # no slot was used here, but other ranks may wait for this one
             self._send_home(link, [None] * (self.pool.slots * len(self.pool.shape.names)))
+        self._release(link)
         if not link.sent:
             homes = [
                 torch.zeros_like(p) if g is None else g.clone(memory_format=torch.contiguous_format)
