@@ -32,10 +32,9 @@ def kernels(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a file that is no such trace.
     """
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
     try:
-        with opened as file:
-            events = json.load(file)["traceEvents"]
+        content = path.read_bytes()
+        events = json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)["traceEvents"]
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: expected a Chrome trace of torch's profiler, could not read it: {error}") from error
     found = [event for event in events if event.get("cat") == "kernel"]
