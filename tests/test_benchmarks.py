@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FAST = ["--cpu", "--iterations", "2", "--draws", "2"]
 
 
-def rows(file, methods=("stock", "ours", "balanced")):
+def rows(file, methods=("stock", "ours", "foresight", "balanced")):
     document = json.loads(file.read_text())
     assert document["measured"]
     assert {"hardware", "versions", "settings", "shapes"} <= set(document)
@@ -40,14 +40,16 @@ def test_layer(ranks, tmp_path, capsys, more):
     given = [*FAST, "--imbalances", "1", "1.5", "2.5", "--json", str(file), *more]
     assert bench_layer.main(given, ranks) == 0
     found = rows(file)
-    assert [row["imbalance"] for row in found] == [1.0] * 3 + [1.5] * 3  # two ranks cannot have 2.5
-    stock, ours, balanced = found[3:]
+    assert [row["imbalance"] for row in found] == [1.0] * 4 + [1.5] * 4  # two ranks cannot have 2.5
+    stock, ours, foresight, balanced = found[4:]
+    assert foresight["after"] == ours["after"]
+    assert foresight["replicas"] == ours["replicas"]
     assert abs(stock["before"] - 1.5) < 0.1
     assert ours["before"] == pytest.approx(stock["before"])
     assert ours["after"] < 1.05
     assert ours["replicas"] > 0
     assert balanced["before"] < 1.1
-    assert found[0]["ms"] == found[2]["ms"]
+    assert found[0]["ms"] == found[3]["ms"]
 
 
 def test_model(ranks, tmp_path, capsys):
@@ -68,7 +70,7 @@ def test_recorded_routes(ranks, tmp_path, capsys):
     RoutingTrace(8, 1, 2, (TraceSample("s", routes),)).save(tmp_path / "trace")
     file = tmp_path / "layer.json"
     assert bench_layer.main([*FAST, "--trace", str(tmp_path / "trace"), "--json", str(file)], ranks) == 0
-    stock, ours, _ = rows(file)
+    stock, ours, _, _ = rows(file)
     assert stock["before"] == stock["imbalance"] == 2.0
     assert ours["after"] < 2.0
 
@@ -130,6 +132,22 @@ def test_bars():
     assert len(missed_bars(bad, bench_layer.layer_bar, memory=False)) == 3
 
 
+def test_bars_of_foresight():
+    good = [row("ours", 2.0, 10.5), row("foresight", 2.0, 10.1, exposed_share=0.004)]
+    assert missed_bars(good, bench_layer.layer_bar, memory=False, foresight=0.985) == []
+    bad = [row("ours", 2.0, 10.5), row("foresight", 2.0, 10.4, exposed_share=0.006)]
+    slow, exposed = missed_bars(bad, bench_layer.layer_bar, memory=False, foresight=0.985)
+    assert "foresight: 0.962 of balanced, the bar is 0.985" in slow
+    assert "hold up 0.60% of the time, the bar is 0.5%" in exposed
+
+
+def test_bar_of_gradients_on_their_way_home():
+    made = row("ours", 2.0, 10.1, reduction={"share": 0.0123})
+    made.layout = "transformer layer, EP 4"
+    (missed,) = missed_bars([made], bench_layer.transformer_layer_bar, memory=False)
+    assert "way home adds 1.23% to the backward, the bar is 1%" in missed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["bench_layer.py", "bench_model.py"])
 def test_script(tmp_path, script):
@@ -140,4 +158,4 @@ def test_script(tmp_path, script):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "of balanced" in result.stdout
-    assert len(rows(file)) == 3
+    assert len(rows(file)) == 4

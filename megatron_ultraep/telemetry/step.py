@@ -141,7 +141,7 @@ def plan_trace(
 
     batch = BatchLayout.pack(ids, rows, data_parallel=layout.ranks, tokens_per_micro_batch=budget)
     loads = loads_of(batch)
-    moves = tuple(reorder(loads, layouts, moving))
+    moves = tuple(reorder(loads, layouts, moving, plans=settings))
     moved_layouts = [move.layout for move in moves]
     composed = None
     if composing:

@@ -301,7 +301,8 @@ def choose_homes(
             cross_ps_per_kib=across,
             horizon=horizon,
         )
-        plans = reorder(np.concatenate([loads[i] for i in members]), group.layouts(homes), settings)
+        of_members = np.concatenate([loads[i] for i in members])
+        plans = reorder(of_members, group.layouts(homes), settings, plans=group.settings)
         found |= dict(zip(numbers, plans, strict=True))
     return found
 
