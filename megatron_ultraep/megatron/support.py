@@ -153,6 +153,10 @@ TESTED: tuple[Tested, ...] = (
         f"{_LAYER}[top-2-symmetric]",
     ),
     Tested("routing replay", f"{_TRAINING}[distributed optimizer, overlapped]"),
+    Tested(
+        "two sets of slots, weights placed a layer ahead (CPUs)",
+        "tests/rl/training/test_foresight.py::test_training_equals_stock[ep2, two sets of slots, symmetric]",
+    ),
     Tested("plans made ahead from routes", "tests/rl/training/test_foresight.py::test_training_equals_stock"),
     Tested(
         "experts that change their homes between steps, plain and distributed optimizer",

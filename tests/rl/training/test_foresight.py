@@ -23,6 +23,8 @@ SYMMETRIC = dataclasses.replace(BALANCE, transport="symmetric")
 CASES = {
     "ep2": (2, Run({"ep": 2})),
     "ep2, symmetric": (2, Run({"ep": 2}, balance=SYMMETRIC)),
+    "ep2, two sets of slots": (2, Run({"ep": 2}, balance=dataclasses.replace(BALANCE, slot_sets=2))),
+    "ep2, two sets of slots, symmetric": (2, Run({"ep": 2}, balance=dataclasses.replace(SYMMETRIC, slot_sets=2))),
     "ep2, recompute full, moved": (2, Run({"ep": 2}, homes="random", spec={"recompute": ("full",)})),
     "ep2, recompute full, moved, symmetric": (
         2, Run({"ep": 2}, balance=SYMMETRIC, homes="random", spec={"recompute": ("full",)}),
