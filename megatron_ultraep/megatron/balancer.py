@@ -29,8 +29,9 @@ from megatron_ultraep.megatron.stages import (
 from megatron_ultraep.megatron.support import Unsupported
 from megatron_ultraep.plan.foresight import StepPlan
 from megatron_ultraep.plan.types import Costs, Plan, PlanSettings
+from megatron_ultraep.runtime.calls import Backwards
 from megatron_ultraep.runtime.foresight import Foresight
-from megatron_ultraep.runtime.layer import Backwards, LayerBalancer
+from megatron_ultraep.runtime.layer import LayerBalancer
 from megatron_ultraep.runtime.measure import measure_costs
 from megatron_ultraep.runtime.planning import Aside, DevicePlanner, HostPlanner, Planner
 from megatron_ultraep.runtime.slots import ExpertShape, SlotPool
@@ -150,7 +151,7 @@ class Balancer:
         def solve(loads: np.ndarray, layout: ExpertLayout) -> Plan:
             return planners.solve(loads, layout, settings)
 
-        return HostPlanner(layout, layer.config.moe_router_topk, solve, self._watch)
+        return HostPlanner(layout, layer.config.moe_router_topk, solve, self.transport.rank, self._watch)
 
     def _layout(self, layer: Any, home_slot: tuple[int, ...]) -> ExpertLayout:
         assert self.transport is not None

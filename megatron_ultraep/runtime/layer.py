@@ -30,12 +30,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from megatron_ultraep.layout import ExpertLayout
+from megatron_ultraep.runtime.calls import Backwards, Call
 from megatron_ultraep.runtime.planning import Foreseen, Planned, Planner
 from megatron_ultraep.runtime.slots import SlotPool
 from megatron_ultraep.runtime.stopwatch import Stopwatch
@@ -65,19 +66,6 @@ _main_grad = operator.attrgetter("main_grad")
 
 
 @dataclass
-class Call:
-    """One forward of one layer, until its backward is over."""
-
-    planned: Planned
-    trained: bool = True  # home parameters get gradients
-    placed: bool = False  # weights have been on their way to slots for it
-    idle: bool = False  # the host knows that no rank has a replica: nothing travels
-    key: object = None  # of its micro-batch, where weights are placed ahead of backward
-    # Identifies what lies in the slots; compared by identity.
-    token: object = field(default_factory=object)
-
-
-@dataclass
 class _Link:
     """What the two autograd nodes of one forward share.
 
@@ -98,42 +86,6 @@ class _Link:
     call: Call | None = None
     slots: Sequence[torch.Tensor | None] | None = None
     sent: bool = False
-
-
-class Backwards:
-    """Calls whose backward is still to come, so that the weights of the next one can be placed ahead of it.
-
-    Backward goes through the layers of a micro-batch in the reverse order of forward. Where it does not (chunks of an
-    interleaved pipeline) weights are placed for a call that is not next, and once more when it is.
-    """
-
-    MOST_KEYS = 1024
-    """Micro-batches at a time: of those whose backward never comes the oldest are forgotten."""
-
-    def __init__(self) -> None:
-        self._calls: dict[object, list[tuple[LayerBalancer, Call]]] = {}
-
-    def add(self, key: object, layer: LayerBalancer, call: Call) -> None:
-        """Note a call of a micro-batch whose forward runs now."""
-        if len(self._calls) > self.MOST_KEYS:
-            del self._calls[next(iter(self._calls))]
-        self._calls.setdefault(key, []).append((layer, call))
-        call.key = key
-
-    def next_after(self, call: Call) -> tuple[LayerBalancer, Call] | None:
-        """The call before this one in forward; this one and those after it are forgotten."""
-        calls = self._calls.get(call.key, [])
-        if not any(each is call for _, each in calls):
-            return None
-        while calls.pop()[1] is not call:
-            pass
-        if not calls:
-            del self._calls[call.key]
-            return None
-        return calls[-1]
-
-    def clear(self) -> None:
-        self._calls.clear()
 
 
 class LayerBalancer:
@@ -253,7 +205,7 @@ class LayerBalancer:
         if foreseen is None:
             planned = self.planner.plan(routing_map, self.transport, self.pool)
         else:
-            planned = self.planner.follow(foreseen, routing_map, self.transport.rank)
+            planned = self.planner.follow(foreseen, routing_map)
         self._ahead = None
         call = ahead if ahead is not None and ahead.planned is planned else Call(planned)
         call.trained = self._trained

@@ -273,8 +273,6 @@ class PlanBatch:
 class Gatherer(Protocol):
     """The part of a transport that planners need; see :class:`megatron_ultraep.runtime.transport.Transport`."""
 
-    rank: int
-
     def gather_loads(self, loads: torch.Tensor, pool: SlotPool) -> torch.Tensor: ...
 
 
@@ -291,13 +289,12 @@ class Planner(Protocol):
         """
         ...
 
-    def follow(self, foreseen: Foreseen, routing_map: torch.Tensor, rank: int) -> Planned:
+    def follow(self, foreseen: Foreseen, routing_map: torch.Tensor) -> Planned:
         """Take a plan that was made ahead; communicates nothing.
 
         Args:
             foreseen: of this micro-batch; it is told what the router did.
             routing_map: as for :meth:`plan`.
-            rank: this rank in the expert-parallel group.
         """
         ...
 
@@ -328,25 +325,24 @@ class HostPlanner:
         layout: homes, nodes, slots.
         topk: experts per token.
         solve: from loads and layout to a plan; the same function on every rank.
+        source: this rank in the expert-parallel group.
         watch: told where time goes.
     """
 
-    def __init__(self, layout: ExpertLayout, topk: int, solve: Solver, watch: Stopwatch) -> None:
+    def __init__(self, layout: ExpertLayout, topk: int, solve: Solver, source: int, watch: Stopwatch) -> None:
         self.layout = layout
         self.topk = topk
         self.solve = solve
         self._watch = watch
-        self._source = 0
+        self._source = source
 
     def plan(self, routing_map: torch.Tensor, gatherer: Gatherer, pool: SlotPool) -> Planned:
-        self._source = gatherer.rank
         with self._watch("loads"):
             loads = gatherer.gather_loads(routing_map.sum(0, dtype=torch.int64), pool).cpu().numpy()
         with self._watch("plan"):
             return HostPlanned(self.solve(loads, self.layout), routing_map.device)
 
-    def follow(self, foreseen: Foreseen, routing_map: torch.Tensor, rank: int) -> Planned:
-        self._source = rank
+    def follow(self, foreseen: Foreseen, routing_map: torch.Tensor) -> Planned:
         foreseen.seen.copy_(routing_map.sum(0))
         foreseen.used = True
         return foreseen
@@ -400,7 +396,7 @@ class DevicePlanner:
         self._before, self._table = counts.before, made.table
         return DevicePlanned(self.layout, made)
 
-    def follow(self, foreseen: Foreseen, routing_map: torch.Tensor, rank: int) -> Planned:
+    def follow(self, foreseen: Foreseen, routing_map: torch.Tensor) -> Planned:
         with self._watch("loads"):
             counts = reroute_kernel.count(routing_map, foreseen.seen)
         foreseen.used = True

@@ -118,7 +118,7 @@ def train(transport, *, fused, main_grad, early, foresight=False, micro_batches=
     if transport == "symmetric":
         planner = DevicePlanner(layout, SETTINGS, rank, device, watch)
     else:
-        planner = HostPlanner(layout, 2, lambda loads, where: solve(loads, where, SETTINGS), watch)
+        planner = HostPlanner(layout, 2, lambda loads, where: solve(loads, where, SETTINGS), rank, watch)
     seen = []
     ahead = Foresight(rank, device)
     running = []

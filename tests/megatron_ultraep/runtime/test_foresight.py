@@ -9,8 +9,8 @@ import torch
 from megatron_ultraep.layout import ExpertLayout, MicroBatchKey
 from megatron_ultraep.plan import PlanSettings
 from megatron_ultraep.plan.foresight import solve_step
+from megatron_ultraep.runtime.calls import Backwards, Call
 from megatron_ultraep.runtime.foresight import Foresight, ForesightMismatch
-from megatron_ultraep.runtime.layer import Backwards, Call
 from megatron_ultraep.runtime.planning import splits_of
 
 LAYOUT = ExpertLayout(experts=8, ranks=2, slots=2)
