@@ -1,6 +1,6 @@
 """One rollout engine: tokens in; tokens, log-probs, routes and weight versions out.
 
-A Ray actor (``ray.remote(RolloutEngine)``), and the same class in-process for tests:
+In a process of its own it is a Ray actor (``actor.EngineActor``); the same class in-process, for tests:
 
     engine = RolloutEngine(EngineConfig(model_path=...))
     await engine.start()
@@ -12,7 +12,7 @@ Invariants:
 
 1. Every response token's log-prob is that of the policy it was drawn from, temperature included.
 2. Routes have one row per token but the last, one entry per MoE layer, in the smallest unsigned type. A row that was
-   computed twice is the one computed first. They stay with this engine: in the object store under Ray.
+   computed twice is the one computed first.
 3. What fails validation is generated again with another seed, at most ``max_regenerations`` times, and then comes
    back as a ``RefusedSample``.
 4. Weights change only between two steps; afterwards no key or value of the old weights is used again.
@@ -350,7 +350,7 @@ class RolloutEngine:
                 return reason
             counts = histogram(captured, self.info.experts)
             digests = layer_digests(captured)
-            reference = self._store(captured)
+            reference = RouteRef(captured, self.index, captured.shape, str(captured.dtype))
         return Sample(
             sample_id=sample_id,
             prompt=prompt,
@@ -377,11 +377,6 @@ class RolloutEngine:
 
     # ------------------------------------------------------------------ routes
 
-    def _store(self, captured: np.ndarray) -> RouteRef:
-        ray = _ray()
-        handle = captured if ray is None else ray.put(captured)
-        return RouteRef(handle=handle, engine=self.index, shape=captured.shape, dtype=str(captured.dtype))
-
     async def slice_routes(self, requests: Sequence[RouteSlice]) -> list[np.ndarray]:
         """Parts of routes, cut here so that only they travel.
 
@@ -394,10 +389,9 @@ class RolloutEngine:
         Raises:
             ValueError: a part lies outside its routes.
         """
-        return [
-            np.ascontiguousarray((await self._rows(ref))[rows, layers])
-            for ref, rows, layers in [routes.checked_slice(request) for request in requests]
-        ]
+        checked = [routes.checked_slice(request) for request in requests]
+        arrays = await self._all_rows([ref for ref, _, _ in checked])
+        return [np.ascontiguousarray(a[rows, layers]) for a, (_, rows, layers) in zip(arrays, checked, strict=True)]
 
     async def count_routes(self, requests: Sequence[RouteRows]) -> list[np.ndarray]:
         """How often each expert occurs in runs of rows: int32 ``[MoE layers, experts]`` each; only counts travel.
@@ -410,7 +404,12 @@ class RolloutEngine:
         """
         assert self.info is not None
         checked = [routes.checked_slice((ref, first, stop, 0, ref.shape[1])) for ref, first, stop in requests]
-        return [histogram((await self._rows(ref))[rows], self.info.experts) for ref, rows, _ in checked]
+        arrays = await self._all_rows([ref for ref, _, _ in checked])
+        return [histogram(a[rows], self.info.experts) for a, (_, rows, _) in zip(arrays, checked, strict=True)]
+
+    async def _all_rows(self, references: Sequence[RouteRef]) -> list[np.ndarray]:
+        """At the same time: short ones are with the process that asked for the samples, a round trip away."""
+        return list(await asyncio.gather(*(self._rows(reference) for reference in references)))
 
     async def _rows(self, reference: RouteRef) -> np.ndarray:
         if isinstance(reference.handle, np.ndarray):
@@ -506,9 +505,3 @@ def _describe(engine: Any) -> tuple[tuple[int, ...], int, int]:
     layers = tuple(engine.collective_rpc("ultraep_moe_layer_ids")[0])
     experts, topk = compat.model_shape(engine) if layers else (0, 0)
     return layers, experts, topk
-
-
-def _ray() -> Any | None:
-    """The ray module if this process is part of a Ray cluster, else None."""
-    ray = sys.modules.get("ray")
-    return ray if ray is not None and ray.is_initialized() else None

@@ -5,41 +5,37 @@
             ...
         pool.update_weights(1, chunks, manifest)
 
-A group (all samples of one prompt) goes to the engine with the fewest samples outstanding, and comes back as soon as
-it is complete. Engines get new groups only while they have room, so that a slow one does not hoard.
+A group (all samples of one prompt) comes back as soon as it is complete. Who generates what is decided by a
+``GenerationService``: that of :meth:`EnginePool.generate` is a plain one, first come, first served, which gives up when
+an engine dies. For more, make one over the pool:
+
+    with GenerationService(pool, dispatch=..., max_restarts=3) as service: ...
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
 import ray
 
+from rl.rollout.actor import EngineActor, call_apart, with_rows
 from rl.rollout.config import EngineConfig, Sampling, engine_environment
-from rl.rollout.engine import EngineInfo, EngineTimeout, RolloutEngine
-from rl.rollout.validation import RefusedSample
+from rl.rollout.engine import EngineInfo, EngineTimeout
+from rl.rollout.fleet import EngineDied
+from rl.rollout.service import GenerationService
+from rl.rollout.streams import GroupOfSamples
 from rl.rollout.weights import Manifest
-from rl.types import Prompt, Sample
+from rl.types import Prompt
+
+__all__ = ["EngineDied", "EnginePool"]
 
 _CALLS_PER_ENGINE = 1024  # concurrent calls that an actor takes; the engine itself queues what it has no seat for
-_FILL = 2  # samples outstanding at an engine, in units of its max_num_seqs, so that it never idles between groups
-
-
-class EngineDied(RuntimeError):
-    """The process of an engine ended; the message names it and what it was doing."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """All samples of one prompt, as asked for."""
-
-    prompt: Prompt
-    sample_ids: tuple[str, ...]
 
 
 class EnginePool:
@@ -50,6 +46,12 @@ class EnginePool:
         engines: how many.
         environment: additional environment variables of the actors.
 
+    Attributes:
+        handles: of the actors by index, None where an engine was removed; always the same list, so that who holds it
+            sees engines come and go.
+        infos: what each engine is, by index.
+        version: of the weights that all engines got at last through this pool.
+
     Raises:
         EngineTimeout, EngineDied: an engine did not come up; those that did are stopped.
     """
@@ -58,20 +60,21 @@ class EnginePool:
         if engines < 1:
             raise ValueError(f"engines must be >= 1, got {engines}")
         self.config = config
-        self.engines = engines
-        actor = ray.remote(RolloutEngine).options(
+        self.version = config.initial_version
+        self.handles: list[Any] = []
+        self.infos: dict[int, EngineInfo] = {}
+        self._stopped = False
+        self._service: GenerationService | None = None
+        self._actor = ray.remote(EngineActor).options(
             num_cpus=1,
             num_gpus=config.tensor_parallel if config.device == "cuda" else 0,
             max_concurrency=_CALLS_PER_ENGINE,
             max_restarts=0,
             runtime_env={"env_vars": engine_environment(config.device) | (environment or {})},
         )
-        self.handles = [actor.remote(replace(config, seed=config.seed + i), i) for i in range(engines)]
-        self._outstanding = [0] * engines
         try:
-            self.infos: list[EngineInfo] = self._all(
-                [handle.start.remote() for handle in self.handles], config.start_timeout_s, "its start"
-            )
+            calls = {index: self._make(index).start.remote() for index in range(engines)}
+            self.infos = self._all(calls, config.start_timeout_s, "its start")
         except BaseException:
             self.stop()
             raise
@@ -79,36 +82,34 @@ class EnginePool:
     @property
     def info(self) -> EngineInfo:
         """What the engines are; they are all alike."""
-        return self.infos[0]
+        return next(iter(self.infos.values()))
+
+    @property
+    def engines(self) -> int:
+        """How many there are."""
+        return len(self.indices())
 
     # ------------------------------------------------------------------ generation
 
     def generate(
         self, prompts: Sequence[Prompt], n_samples: int, sampling: Sampling, seed: int
-    ) -> Iterator[list[Sample | RefusedSample]]:
+    ) -> Iterator[GroupOfSamples]:
         """Draw ``n_samples`` of every prompt; yields one list per prompt, in the order they complete.
 
         Sample ids are ``"<prompt uid>/<k>"``. Stopping the iteration early aborts what still runs.
 
         Raises:
-            EngineTimeout: no group completed within ``generate_timeout_s``.
+            EngineTimeout: a group did not complete within ``generate_timeout_s``.
             EngineDied: an engine's process ended.
         """
-        waiting = list(reversed(make_groups(prompts, n_samples)))
-        running: dict[ray.ObjectRef, tuple[int, Group]] = {}
-        try:
-            while waiting or running:
-                self._dispatch(waiting, running, sampling, seed)
-                yield self._next(running)
-        finally:
-            for engine, group in running.values():
-                self._outstanding[engine] -= len(group.sample_ids)
-                if self.handles:
-                    self.handles[engine].abort.remote(list(group.sample_ids))
+        if self._service is None:
+            self._service = GenerationService(self, max_restarts=0)
+        with self._service.generate(prompts, n_samples, sampling, seed) as stream:
+            yield from stream
 
     async def agenerate(
         self, prompts: Sequence[Prompt], n_samples: int, sampling: Sampling, seed: int
-    ) -> AsyncIterator[list[Sample | RefusedSample]]:
+    ) -> AsyncIterator[GroupOfSamples]:
         """:meth:`generate` for callers in an event loop; the waiting happens in a thread."""
         groups = self.generate(prompts, n_samples, sampling, seed)
         try:
@@ -117,39 +118,7 @@ class EnginePool:
         finally:
             groups.close()
 
-    def _dispatch(
-        self,
-        waiting: list[Group],
-        running: dict[ray.ObjectRef, tuple[int, Group]],
-        sampling: Sampling,
-        seed: int,
-    ) -> None:
-        """Hand out groups while the least loaded engine has room; an idle engine always has."""
-        room = _FILL * self.config.max_num_seqs
-        while waiting:
-            engine = min(range(self.engines), key=lambda i: (self._outstanding[i], i))
-            size = len(waiting[-1].sample_ids)
-            if self._outstanding[engine] and self._outstanding[engine] + size > room:
-                return
-            group = waiting.pop()
-            self._outstanding[engine] += size
-            reference = self.handles[engine].generate.remote(group.prompt, list(group.sample_ids), sampling, seed)
-            running[reference] = (engine, group)
-
-    def _next(self, running: dict[ray.ObjectRef, tuple[int, Group]]) -> list[Sample | RefusedSample]:
-        limit = self.config.generate_timeout_s
-        done, _ = ray.wait(list(running), num_returns=1, timeout=limit)
-        if not done:
-            engine, group = next(iter(running.values()))
-            raise EngineTimeout(
-                f"no group of samples completed within {limit:g} s; the longest wait is for engine {engine}, "
-                f"prompt {group.prompt.uid}; raise generate_timeout_s or lower max_tokens"
-            )
-        engine, group = running.pop(done[0])
-        self._outstanding[engine] -= len(group.sample_ids)
-        return self._get(done[0], engine, limit, f"samples of prompt {group.prompt.uid}")
-
-    # ------------------------------------------------------------------ everything else
+    # ------------------------------------------------------------------ all engines
 
     def update_weights(
         self,
@@ -164,28 +133,37 @@ class EnginePool:
         number of engines.
         """
         started = time.monotonic()
-        calls = [handle.update_weights.remote(version, list(chunks), manifest, in_flight) for handle in self.handles]
+        arguments = (version, list(chunks), manifest, in_flight)
+        calls = {index: self.handles[index].update_weights.remote(*arguments) for index in self.indices()}
         self._all(calls, self.config.update_timeout_s, f"the weight update to version {version}")
+        self.version = version
         return time.monotonic() - started
 
     def abort(self, sample_ids: Sequence[str]) -> int:
         """End samples now, wherever they run; returns how many did."""
-        calls = [handle.abort.remote(list(sample_ids)) for handle in self.handles]
-        return sum(self._all(calls, self.config.update_timeout_s, "aborting samples"))
+        calls = {index: self.handles[index].abort.remote(list(sample_ids)) for index in self.indices()}
+        return sum(self._all(calls, self.config.update_timeout_s, "aborting samples").values())
 
     def health(self) -> list[dict[str, Any]]:
         """One entry per engine, see ``RolloutEngine.health``."""
-        return self._all([h.health.remote() for h in self.handles], self.config.stop_timeout_s, "its health")
+        calls = {index: self.handles[index].health.remote() for index in self.indices()}
+        return list(self._all(calls, self.config.stop_timeout_s, "its health").values())
 
     def stop(self) -> None:
         """Stop all engines, those that hang by force; calling it again does nothing."""
-        handles, self.handles = self.handles, []
-        limit = self.config.stop_timeout_s
-        calls = [handle.stop.remote() for handle in handles]
-        if calls:
-            ray.wait(calls, num_returns=len(calls), timeout=limit)
-        for handle in handles:
-            ray.kill(handle, no_restart=True)
+        self._stopped = True
+        service, self._service = self._service, None
+        try:
+            if service is not None:
+                service.stop()
+        finally:
+            handles = [handle for handle in self.handles if handle is not None]
+            self.handles.clear()
+            calls = [handle.stop.remote() for handle in handles]
+            if calls:
+                ray.wait(calls, num_returns=len(calls), timeout=self.config.stop_timeout_s)
+            for handle in handles:
+                ray.kill(handle, no_restart=True)
 
     def __enter__(self) -> EnginePool:
         return self
@@ -195,11 +173,71 @@ class EnginePool:
     ) -> None:
         self.stop()
 
-    def _all(self, calls: Sequence[ray.ObjectRef], limit_s: float, what: str) -> list[Any]:
+    # ------------------------------------------------------------------ one engine, see fleet.Engines
+
+    def indices(self) -> list[int]:
+        """Indices of the engines."""
+        return [index for index, handle in enumerate(self.handles) if handle is not None]
+
+    def start_engine(self, index: int) -> Future[EngineInfo]:
+        """A new process under this index; what is left of another under it is killed."""
+        self.kill_engine(index)
+
+        def came_up(info: EngineInfo) -> EngineInfo:
+            self.infos[index] = info
+            return info
+
+        return _future(self._make(index).start.remote(), index, "its start", came_up)
+
+    def generate_on(
+        self, index: int, prompt: Prompt, sample_ids: Sequence[str], sampling: Sampling, seed: int
+    ) -> Future[GroupOfSamples]:
+        """One group by one engine."""
+        samples, rows = call_apart(self.handles[index], prompt, sample_ids, sampling, seed)
+        return _future(samples, index, f"samples of prompt {prompt.uid}", lambda value: with_rows(value, rows))
+
+    def update_on(
+        self,
+        index: int,
+        version: int,
+        chunks: Sequence[Any],
+        manifest: Manifest,
+        in_flight: Literal["refuse", "continue"],
+    ) -> Future[float]:
+        """New weights into one engine; resolves to the seconds that it took."""
+        call = self.handles[index].update_weights.remote(version, list(chunks), manifest, in_flight)
+        return _future(call, index, f"the weight update to version {version}")
+
+    def abort_on(self, index: int, sample_ids: Sequence[str]) -> Future[int]:
+        """End samples of one engine; resolves to how many ran."""
+        return _future(self.handles[index].abort.remote(list(sample_ids)), index, "aborting samples")
+
+    def stop_engine(self, index: int) -> Future[None]:
+        """End an engine in order; its process stays until :meth:`kill_engine`."""
+        return _future(self.handles[index].stop.remote(), index, "its end")
+
+    def kill_engine(self, index: int) -> None:
+        """End an engine's process whatever it does; without one, does nothing."""
+        handle = self.handles[index] if index < len(self.handles) else None
+        if handle is not None:
+            self.handles[index] = None
+            ray.kill(handle, no_restart=True)
+
+    def _make(self, index: int) -> Any:
+        if self._stopped:
+            raise EngineDied(f"engine {index}: not started, the pool was stopped")
+        handle = self._actor.remote(replace(self.config, seed=self.config.seed + index), index)
+        self.handles.extend([None] * (index + 1 - len(self.handles)))
+        self.handles[index] = handle
+        return handle
+
+    # ------------------------------------------------------------------ waiting
+
+    def _all(self, calls: dict[int, ray.ObjectRef], limit_s: float, what: str) -> dict[int, Any]:
         """Results of one call per engine, within one limit for all."""
         deadline = time.monotonic() + limit_s
         # What fails first is reported first: a dead engine must not hide behind a slow one.
-        pending = {call: engine for engine, call in enumerate(calls)}
+        pending = {call: engine for engine, call in calls.items()}
         results: dict[int, Any] = {}
         while pending:
             done, _ = ray.wait(list(pending), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
@@ -207,23 +245,38 @@ class EnginePool:
                 names = ", ".join(str(engine) for engine in pending.values())
                 raise EngineTimeout(f"engine {names}: waited {limit_s:g} s for {what}")
             engine = pending.pop(done[0])
-            results[engine] = self._get(done[0], engine, limit_s, what)
-        return [results[engine] for engine in sorted(results)]
+            try:
+                results[engine] = ray.get(done[0], timeout=limit_s)
+            except ray.exceptions.GetTimeoutError as error:
+                raise EngineTimeout(f"engine {engine}: waited {limit_s:g} s for {what}") from error
+            except ray.exceptions.RayError as error:
+                raise _translated(error, engine, what) from error
+        return dict(sorted(results.items()))
 
-    def _get(self, reference: ray.ObjectRef, engine: int, limit_s: float, what: str) -> Any:
+
+def _future(
+    reference: ray.ObjectRef, engine: int, what: str, then: Callable[[Any], Any] = lambda value: value
+) -> Future[Any]:
+    """``then(result)`` of a call to an engine, or our own exceptions."""
+    future: Future[Any] = Future()
+
+    def done(inner: Future[Any]) -> None:
         try:
-            return ray.get(reference, timeout=limit_s)
-        except ray.exceptions.GetTimeoutError as error:
-            raise EngineTimeout(f"engine {engine}: waited {limit_s:g} s for {what}") from error
-        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError) as error:
-            raise EngineDied(f"engine {engine} died while we waited for {what}: {error}") from error
-        except ray.exceptions.RayTaskError as error:
-            # The actor's own exception, without Ray's wrapping in the message; its traceback is in the cause.
-            raise (error.cause if isinstance(error.cause, Exception) else error) from error
+            future.set_result(then(inner.result()))
+        except BaseException as error:
+            translated = _translated(error, engine, what)
+            if translated is not error:
+                translated.__cause__ = error
+            future.set_exception(translated)
+
+    reference.future().add_done_callback(done)
+    return future
 
 
-def make_groups(prompts: Sequence[Prompt], n_samples: int) -> list[Group]:
-    """One group per prompt, with the ids of its samples."""
-    if n_samples < 1:
-        raise ValueError(f"n_samples must be >= 1, got {n_samples}")
-    return [Group(p, tuple(f"{p.uid}/{k}" for k in range(n_samples))) for p in prompts]
+def _translated(error: BaseException, engine: int, what: str) -> BaseException:
+    if isinstance(error, ray.exceptions.RayTaskError):
+        # The actor's own exception, without Ray's wrapping in the message; its traceback is in the cause.
+        return error.cause if isinstance(error.cause, Exception) else error
+    if isinstance(error, (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)):
+        return EngineDied(f"engine {engine} died while we waited for {what}: {error}")
+    return error

@@ -13,12 +13,14 @@ import pytest
 import ray
 from safetensors.torch import load_file
 
+from megatron_ultraep.replay import layer_digests
 from rl.models import tiny
 from rl.rollout.config import EngineConfig, Sampling
 from rl.rollout.engine import EngineTimeout
-from rl.rollout.pool import EngineDied, EnginePool, make_groups
+from rl.rollout.pool import EngineDied, EnginePool
 from rl.rollout.weights import WeightMismatch
-from rl.types import Prompt
+from rl.training.engine_routes import RoutesOfEngines
+from rl.types import Prompt, Sample
 from tests.rl.rollout.reference import assert_equals_transformers
 
 TEMPERATURE = 0.8
@@ -57,13 +59,6 @@ def pool(models: list[Path]) -> Iterator[EnginePool]:
         ray.shutdown()
 
 
-def test_groups_have_ids_by_prompt() -> None:
-    groups = make_groups(prompts(2), 3)
-    assert [group.sample_ids for group in groups] == [tuple(f"train/0/{i}/{k}" for k in range(3)) for i in range(2)]
-    with pytest.raises(ValueError, match="n_samples"):
-        make_groups(prompts(1), 0)
-
-
 def test_every_prompt_comes_back_once_with_its_group(pool: EnginePool, models: list[Path]) -> None:
     assert (pool.info.moe_layers, pool.info.experts, pool.info.topk) == ((0, 1, 2, 3), 8, 2)
     groups = list(pool.generate(prompts(10), 4, SAMPLING, seed=1))
@@ -73,7 +68,6 @@ def test_every_prompt_comes_back_once_with_its_group(pool: EnginePool, models: l
     sample = groups[0][0]
     assert isinstance(sample.routes.handle, ray.ObjectRef), "rows must travel by reference"
     assert_equals_transformers(sample, models[0], TEMPERATURE, routes=ray.get(sample.routes.handle, timeout=30))
-    assert pool._outstanding == [0]
 
 
 def test_async_generation(pool: EnginePool) -> None:
@@ -111,21 +105,28 @@ def test_stopping_early_aborts_the_rest(pool: EnginePool) -> None:
     groups = pool.generate(prompts(8), 2, Sampling(200, ignore_eos=True), seed=3)
     next(groups)
     groups.close()
-    assert pool._outstanding == [0]
     assert len(list(pool.generate(prompts(8), 2, Sampling(2), seed=4))) == 8, "aborted ids must be free again"
 
 
 def test_a_wait_that_is_too_long_names_the_engine(pool: EnginePool) -> None:
     with pytest.raises(EngineTimeout, match=r"engine 0: waited 0 s for its health"):
-        pool._all([pool.handles[0].health.remote()], 0.0, "its health")
+        pool._all({0: pool.handles[0].health.remote()}, 0.0, "its health")
 
 
 def test_death_of_an_engine_is_named(pool: EnginePool) -> None:
     """The last test: it kills the engine."""
     groups = pool.generate(prompts(8), 2, Sampling(200, ignore_eos=True), seed=5)
-    next(groups)
+    sample = next(groups)[0]
+    assert isinstance(sample, Sample)
     os.kill(pool.info.pid, signal.SIGKILL)
     with pytest.raises(EngineDied, match=r"engine 0 died while we waited for samples of prompt train/0/"):
         list(groups)
     with pytest.raises(EngineDied, match="engine 0 died while we waited for its health"):
         pool.health()
+    # What was delivered before keeps its routes; with no engine left, who trains cuts them.
+    fetch = RoutesOfEngines(30)
+    fetch.engines = pool.handles
+    [rows] = fetch([(sample.routes, 0, sample.length - 1, 0, 4)])
+    np.testing.assert_array_equal(layer_digests(rows), sample.route_digests)
+    with pytest.raises(RuntimeError, match="engine 0 is gone and no other is left to count"):
+        fetch.count([(sample.routes, 0, 4)])

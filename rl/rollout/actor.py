@@ -1,0 +1,58 @@
+"""A rollout engine as a Ray actor: its samples, and their routes as objects of their own.
+
+Rows of routes are separate return values of the actor's call. Ray then keeps them in the object store of the engine's
+node, but they belong to the process that asked: they can still be fetched, by anybody, when the engine's process is
+gone. What the engine put there itself would go with it. (Up to 100 KB, Ray hands them over with the answer instead.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from rl.rollout.config import Sampling
+from rl.rollout.engine import RolloutEngine
+from rl.rollout.validation import RefusedSample
+from rl.types import Prompt, RouteRef, Sample
+
+
+class EngineActor(RolloutEngine):
+    """What the pool starts with ``ray.remote``."""
+
+    async def generate_apart(
+        self, prompt: Prompt, sample_ids: Sequence[str], sampling: Sampling, seed: int
+    ) -> tuple[Any, ...]:
+        """:meth:`generate` with ``1 + len(sample_ids)`` return values: samples whose routes have no handle, and the
+        rows of each (None where there are none)."""
+        return _apart(await self.generate(prompt, sample_ids, sampling, seed))
+
+
+def call_apart(
+    handle: Any, prompt: Prompt, sample_ids: Sequence[str], sampling: Sampling, seed: int
+) -> tuple[ray.ObjectRef, list[ray.ObjectRef]]:
+    """Call :meth:`EngineActor.generate_apart`; returns references to the samples and to the rows of each."""
+    method = handle.generate_apart.options(num_returns=1 + len(sample_ids))
+    samples, *rows = method.remote(prompt, list(sample_ids), sampling, seed)
+    return samples, rows
+
+
+def with_rows(samples: Sequence[Sample | RefusedSample], rows: Sequence[ray.ObjectRef]) -> list[Sample | RefusedSample]:
+    """The samples of :func:`call_apart` with references to their rows."""
+    return [_with_handle(sample, handle) for sample, handle in zip(samples, rows, strict=True)]
+
+
+def _apart(samples: Sequence[Sample | RefusedSample]) -> tuple[Any, ...]:
+    return [_with_handle(s, None) for s in samples], *(None if r is None else r.handle for r in map(_routes, samples))
+
+
+def _routes(sample: Sample | RefusedSample) -> RouteRef | None:
+    return sample.routes if isinstance(sample, Sample) else None
+
+
+def _with_handle(sample: Sample | RefusedSample, handle: Any) -> Sample | RefusedSample:
+    if not isinstance(sample, Sample) or sample.routes is None:
+        return sample
+    return replace(sample, routes=replace(sample.routes, handle=handle))
