@@ -7,7 +7,7 @@ gathered, since each rank hands over what it is home to. Both speak in logical e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from rl.models.architecture import Architecture
 from rl.models.builder import BuiltModel, chunk_layers, padded_vocabulary
 from rl.models.hf_files import ModelFiles, ModelWriter
 from rl.models.names import Logical, logical
+from rl.transfer.plan import Holding, TensorSpec
 
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -87,14 +88,19 @@ def to_hugging_face(parts: list[torch.Tensor], entry: Logical, arch: Architectur
     """The whole Hugging Face tensors of a parameter from the parts of all tensor-parallel ranks, in rank order."""
     if entry.kind == "qkv":
         d, per_group = arch.head_dim, arch.heads // arch.kv_heads * arch.head_dim
-        grouped = torch.cat(parts).reshape(arch.kv_heads, per_group + 2 * d, arch.hidden)
+        grouped = _joined(parts).reshape(arch.kv_heads, per_group + 2 * d, arch.hidden)
         return [x.reshape(-1, arch.hidden) for x in grouped.split([per_group, d, d], dim=1)]
     if entry.kind == "gated":
         halves = [p.chunk(2) for p in parts]
-        return [torch.cat([h[i] for h in halves]) for i in (0, 1)]
+        return [_joined([h[i] for h in halves]) for i in (0, 1)]
     if entry.kind == "vocab":
-        return [torch.cat(parts)[: arch.vocab]]
-    return [parts[0] if entry.tp_dim is None else torch.cat(parts, entry.tp_dim)]
+        return [_joined(parts)[: arch.vocab]]
+    return [parts[0] if entry.tp_dim is None else _joined(parts, entry.tp_dim)]
+
+
+def _joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """``torch.cat`` that copies nothing where there is one part."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 @torch.no_grad()
@@ -127,13 +133,17 @@ def load_weights(model: BuiltModel, directory: str | Path) -> None:
 
 
 @torch.no_grad()
-def export_weights(model: BuiltModel, *, source: str = "parameter") -> Iterator[tuple[str, torch.Tensor]]:
+def export_weights(
+    model: BuiltModel, *, source: str = "parameter", names: Container[str] | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """This rank's share of the model as Hugging Face tensors, parameter by parameter; a collective.
 
     Over all ranks, every tensor is yielded exactly once. Ranks of one tensor-parallel group must iterate together.
 
     Args:
         model: whose weights.
+        names: Hugging Face names of the parameters that this tensor-parallel group hands over; None: those of the first
+            replica. Whoever chooses has every tensor handed over once, see :mod:`rl.transfer.plan`.
         source: ``"parameter"``, or an attribute of parameters that has their shape (``"main_grad"``, ``"grad"``): the
             same mapping then yields, say, gradients in logical order.
 
@@ -141,11 +151,33 @@ def export_weights(model: BuiltModel, *, source: str = "parameter") -> Iterator[
         ``(Hugging Face name, tensor on the model's device)``; the tensor may be a view of live weights.
     """
     for local in local_parameters(model):
-        yield from _export_one(model, local, source)
+        yield from _export_one(model, local, source, names)
 
 
-def _export_one(model: BuiltModel, local: LocalParameter, source: str) -> list[tuple[str, torch.Tensor]]:
+def holdings(model: BuiltModel, dtype: str) -> list[Holding]:
+    """What this rank could hand over or help to gather, in layer order; no communication.
+
+    Args:
+        model: whose weights.
+        dtype: what tensors will be cast to, a torch name such as ``"bfloat16"``.
+    """
+    found = []
+    for local in local_parameters(model):
+        _, size, group, _ = _expert_or_dense(model, local.logical)
+        # Shapes of the whole tensors from the code that makes them, without data.
+        parts = [torch.empty(local.parameter.shape, device="meta") for _ in range(size)]
+        whole = to_hugging_face(parts, local.logical, model.arch)
+        specs = tuple(TensorSpec(name, tuple(t.shape), dtype) for name, t in zip(local.logical.hf, whole, strict=True))
+        found.append(Holding(local.logical.key, specs, dist.get_process_group_ranks(group)[0]))
+    return found
+
+
+def _export_one(
+    model: BuiltModel, local: LocalParameter, source: str, names: Container[str] | None = None
+) -> list[tuple[str, torch.Tensor]]:
     rank, size, group, hands_over = _expert_or_dense(model, local.logical)
+    if names is not None:
+        hands_over = local.logical.hf[0] in names
     if not hands_over:
         return []
     value = local.parameter.data if source == "parameter" else getattr(local.parameter, source)

@@ -25,6 +25,9 @@ from typing import Any
 import numpy as np
 
 from rl.rollout import compat
+from rl.transfer.ipc import IpcHandles
+from rl.transfer.links import Membership, TransferError
+from rl.transfer.receiver import Incoming, Receiver, receiver_name
 
 Manifest = Mapping[str, Sequence[int]]
 _SHOWN = 5
@@ -109,18 +112,28 @@ def check_manifest(given: Manifest, expected: Manifest, optional: Iterable[str] 
         )
 
 
-def fetch(chunks: Iterable[Any], timeout_s: float) -> Iterator[tuple[str, Any]]:
+def fetch(chunks: Iterable[Any], timeout_s: float, receiver: Receiver | None = None) -> Iterator[tuple[str, Any]]:
     """``(name, torch tensor)`` of all chunks; one chunk is held at a time.
 
     Args:
-        chunks: each a dict from HF name to torch tensor or numpy array, or a Ray reference to one.
-        timeout_s: limit of each fetch, seconds.
+        chunks: each a dict from HF name to torch tensor or numpy array, or a Ray reference to one; or an ``Incoming``
+            transfer; or ``IpcHandles`` of a trainer on the same GPU (see ``rl.transfer``).
+        timeout_s: limit of each fetch, seconds; direct transfers have limits of their own.
+        receiver: of this worker, for incoming transfers.
 
     Raises:
         TimeoutError: a chunk did not arrive in time.
+        TransferError: a direct transfer broke off, or this worker has joined none.
     """
     for number, chunk in enumerate(chunks):
-        yield from ((name, _as_tensor(tensor)) for name, tensor in _resolve(chunk, number, timeout_s).items())
+        if isinstance(chunk, Incoming):
+            if receiver is None:
+                raise TransferError("this engine has joined no transfer: call its transfer_join first")
+            yield from receiver.receive(chunk.plan)
+        elif isinstance(chunk, IpcHandles):
+            yield from chunk.open()
+        else:
+            yield from ((name, _as_tensor(tensor)) for name, tensor in _resolve(chunk, number, timeout_s).items())
 
 
 def _resolve(chunk: Any, number: int, timeout_s: float) -> Mapping[str, Any]:
@@ -168,6 +181,19 @@ class WeightUpdateExtension:
 
     model_runner: Any
     vllm_config: Any
+    rank: int
+    _ultraep_receiver: Receiver | None = None
+
+    def ultraep_transfer_join(self, membership: Membership, engine: int) -> None:
+        """Join a generation of direct transfers, leaving the one before; all of an engine's workers are called.
+
+        Raises:
+            TransferTimeout: naming the members that did not come.
+        """
+        if self._ultraep_receiver is None:
+            name = receiver_name(engine, self.rank)
+            self._ultraep_receiver = Receiver(name, next(self.model_runner.model.parameters()).device)
+        self._ultraep_receiver.join(membership)
 
     def ultraep_moe_layer_ids(self) -> list[int]:
         """Indices of the MoE layers among all decoder layers."""
@@ -180,5 +206,5 @@ class WeightUpdateExtension:
             Exception: of fetching, checking or loading. The weights are then a mixture.
         """
         with compat.layerwise_reload(self.model_runner.model, self.vllm_config) as load:
-            load(checked(fetch(chunks, timeout_s), manifest))
+            load(checked(fetch(chunks, timeout_s, self._ultraep_receiver), manifest))
         return len(manifest)
