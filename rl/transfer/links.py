@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rl.transfer.plan import TransferPlan
+
 _LOOK_S = 0.05  # how often a waiting member asks whether another one has failed
 _NAP_S = 0.0001
 _POLLS = 2000  # looks without a nap: a bucket between GPUs takes less than a millisecond
@@ -284,6 +286,30 @@ def join(membership: Membership, name: str, device: torch.device) -> tuple[Board
         return board, [Link(membership, membership.sources.index(name), 0, board, device)]
     rank = 1 + membership.receivers.index(name)
     return board, [Link(membership, s, rank, board, device) for s in range(len(membership.sources))]
+
+
+def source_name(rank: int) -> str:
+    """What a trainer rank is called in memberships."""
+    return f"trainer rank {rank}"
+
+
+def say_ready(board: Board, plan: TransferPlan, number: int) -> None:
+    """Tell all members that this one is ready for a transfer, and of which plan."""
+    board.tell(f"ready/{number}/{board.name}", plan.digest())
+
+
+def await_ready(board: Board, plan: TransferPlan, number: int, membership: Membership) -> None:
+    """Wait for all members to be ready for the same plan.
+
+    Raises:
+        TransferTimeout: naming who was not.
+        TransferError: a member has another plan.
+    """
+    keys = {f"ready/{number}/{m}": m for m in membership.members}
+    told = board.wait_for(keys, membership.limits.start_s, f"be ready for transfer {number}")
+    wrong = [keys[key] for key, digest in told.items() if digest != plan.digest()]
+    if wrong:
+        board.fail(TransferError(f"{board.what} has another plan than {', '.join(wrong)}: send all the same one"))
 
 
 def _group(membership: Membership, store: Any, rank: int, world: int) -> Any:

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from rl.transfer.buffers import new_buffer, on_stream, views
-from rl.transfer.links import Board, Link, Membership, TransferError, join
+from rl.transfer.links import Board, Link, Membership, TransferError, await_ready, join, say_ready, source_name
 from rl.transfer.plan import Bucket, TransferPlan
-from rl.transfer.sender import await_ready, say_ready, source_name
 
 _DEPTH = 2  # buckets per source under way
 _LOOK_S = 0.05

@@ -1,30 +1,21 @@
-"""The trainer's side of a direct transfer: packs while the bucket before is on the wire.
+"""A source of a direct transfer: packs a bucket while the one before is on the wire.
 
-    sender = ModelSender(model, rank)
-    holdings = sender.announce("bfloat16")          # to the driver, which makes plan and membership from all ranks'
-    sender.join(membership)
-    report = sender.send(plan)                      # returns when all engines have all
-    sender.start(plan); train(...); sender.finish() # from a copy, so that training may change weights at once
-
-Memory above the weights: two buckets on the device, and the tensors of a third (gathered over tensor-parallel ranks
-or put together); with a copy, this rank's share besides.
+Memory above the tensors: two buckets on the device, and the tensors of a third (gathered over tensor-parallel ranks or
+put together); with a copy, this source's share besides.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from rl.models.builder import BuiltModel
-from rl.models.weights import export_weights, holdings
 from rl.transfer.buffers import new_buffer, on_stream, pack
-from rl.transfer.links import Board, Link, Membership, TransferError, join
-from rl.transfer.plan import Bucket, Holding, TransferPlan
+from rl.transfer.links import Board, Link, Membership, TransferError, await_ready, join, say_ready, source_name
+from rl.transfer.plan import Bucket, TransferPlan
 
 _DEPTH = 2  # buckets: one on the wire, one being packed
 Snapshot = Literal["device", "pinned"]
@@ -170,123 +161,6 @@ class Sender:
         for bucket in buckets:
             buffer = copy.pop()
             yield bucket, buffer.to(self.device, non_blocking=True)
-
-
-class ModelSender:
-    """A Megatron rank's part in transfers, as source or as a tensor-parallel peer of one.
-
-    Args:
-        model: whose weights.
-        rank: of the trainer.
-        settle: called before weights are read (gathers that are under way).
-    """
-
-    def __init__(self, model: BuiltModel, rank: int, settle: Callable[[], None] = lambda: None) -> None:
-        self.model = model
-        self.rank = rank
-        self.settle = settle
-        self.sender = Sender(source_name(rank), torch.device(model.device))
-        self._holdings: list[Holding] = []
-        self._thread = ThreadPoolExecutor(1, "weight-transfer")
-        self._under_way: Future[SendReport | None] | None = None
-
-    def announce(self, dtype: str) -> list[Holding]:
-        """What this rank could hand over, as ``dtype``; no communication."""
-        self._holdings = holdings(self.model, dtype)
-        return self._holdings
-
-    def join(self, membership: Membership) -> None:
-        """Join if this rank is one of the sources; see :func:`rl.transfer.links.join`."""
-        if self.sender.name in membership.sources:
-            self.sender.join(membership)
-
-    @torch.no_grad()
-    def send(self, plan: TransferPlan) -> SendReport | None:
-        """Hand over this rank's share; a collective of all trainer ranks. None on ranks that are no source.
-
-        Raises:
-            TransferError: see :meth:`Sender.send`.
-        """
-        pairs = self._pairs(plan)
-        if self.rank in plan.ranks:
-            return self.sender.send(plan, plan.ranks.index(self.rank), pairs)
-        for _ in pairs:  # its part in the gathers
-            pass
-        return None
-
-    @torch.no_grad()
-    def start(self, plan: TransferPlan, where: Snapshot = "device") -> None:
-        """Copy this rank's share and begin to send the copy; weights may change at once. A collective.
-
-        Raises:
-            TransferError: the transfer before was not waited for (:meth:`finish`).
-        """
-        if self._under_way is not None:
-            raise TransferError(f"{self.sender.name} is still at a transfer: call finish() first")
-        pairs = self._pairs(plan)
-        if self.rank not in plan.ranks:
-            for _ in pairs:
-                pass
-            return
-        source = plan.ranks.index(self.rank)
-        copy = self.sender.copy(plan, source, pairs, where)
-        self._under_way = self._thread.submit(self.sender.send_copy, plan, source, copy)
-
-    def finish(self, timeout_s: float) -> SendReport | None:
-        """Wait for what :meth:`start` began; None if nothing is under way.
-
-        Raises:
-            TransferTimeout, TransferError: see :meth:`Sender.send`.
-        """
-        if self._under_way is None:
-            return None
-        try:
-            report = self._under_way.result(timeout_s)
-        except TimeoutError as error:
-            if not self._under_way.done():
-                raise TimeoutError(f"{self.sender.name} did not finish its transfer within {timeout_s:g} s") from error
-            self._under_way = None
-            raise
-        except BaseException:
-            self._under_way = None
-            raise
-        self._under_way = None
-        return report
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        self.sender.close()
-
-    def _pairs(self, plan: TransferPlan) -> Iterator[tuple[str, torch.Tensor]]:
-        self.settle()
-        leader = {name: rank for source, rank in enumerate(plan.ranks) for name in plan.names(source)}
-        mine = self._holdings or self.announce(next(iter(plan.buckets[0][0].pieces)).tensor.dtype)
-        names = {t.name for h in mine for t in h.tensors if leader.get(t.name) == h.leader}
-        return export_weights(self.model, names=names)
-
-
-def source_name(rank: int) -> str:
-    """What a trainer rank is called in memberships."""
-    return f"trainer rank {rank}"
-
-
-def say_ready(board: Board, plan: TransferPlan, number: int) -> None:
-    """Tell all members that this one is ready for a transfer, and of which plan."""
-    board.tell(f"ready/{number}/{board.name}", plan.digest())
-
-
-def await_ready(board: Board, plan: TransferPlan, number: int, membership: Membership) -> None:
-    """Wait for all members to be ready for the same plan.
-
-    Raises:
-        TransferTimeout: naming who was not.
-        TransferError: a member has another plan.
-    """
-    keys = {f"ready/{number}/{m}": m for m in membership.members}
-    told = board.wait_for(keys, membership.limits.start_s, f"be ready for transfer {number}")
-    wrong = [keys[key] for key, digest in told.items() if digest != plan.digest()]
-    if wrong:
-        board.fail(TransferError(f"{board.what} has another plan than {', '.join(wrong)}: send all the same one"))
 
 
 def _by_bucket(

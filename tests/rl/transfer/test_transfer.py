@@ -3,10 +3,6 @@
 Each test's members are the ranks of one pool: sources first, receivers after them.
 """
 
-import os
-import signal
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -18,15 +14,16 @@ from rl.models import tiny
 from rl.models.architecture import read_architecture
 from rl.models.builder import build_model
 from rl.models.weights import load_weights
-from rl.rollout.weights import WeightMismatch, checked, fetch
+from rl.rollout.weights import checked, fetch
 from rl.transfer.ipc import SharedWeights
-from rl.transfer.links import Limits, Rendezvous, TransferError, TransferTimeout
-from rl.transfer.plan import TensorSpec, make_plan, plan_transfer
-from rl.transfer.receiver import Incoming, Receiver, receiver_names
-from rl.transfer.sender import ModelSender, Sender, source_name
+from rl.transfer.links import Limits, Rendezvous, TransferError, TransferTimeout, source_name
+from rl.transfer.plan import plan_transfer
+from rl.transfer.receiver import Incoming, Receiver
+from rl.transfer.sender import Sender
+from rl.transfer.trainer import ModelSender
+from tests.rl.transfer.processes import PLAN, RECEIVERS, SOURCES, member, run_members
 
 CPU = torch.device("cpu")
-RECEIVERS = receiver_names([0, 3], 1)
 LIMITS = Limits(join_s=20.0, start_s=20.0, bucket_s=20.0)
 SHORT = Limits(join_s=2.0, start_s=2.0, bucket_s=2.0)
 DEADLY = Limits(join_s=60.0, start_s=60.0, bucket_s=2.0)  # fresh processes need time to come
@@ -116,59 +113,6 @@ def test_a_sharded_model_arrives_bitwise(ranks, directory, world, layout, how, s
 # ---------------------------------------------------------------- failures
 
 
-def specs(rank, n=24):
-    return [TensorSpec(f"t{rank}.{i}", (64, 512), "float32") for i in range(n)]
-
-
-PLAN = make_plan({0: specs(0), 2: specs(2)}, 600_000)
-SOURCES = tuple(source_name(r) for r in PLAN.ranks)
-
-
-def member(membership, faults, rank=None):
-    """Sources are ranks 0 and 1, receivers ranks 2 and 3. ``faults``: {rank: what it does half-way}.
-
-    Returns ``(name, error or None, its message, tensors taken, seconds)``.
-    """
-    rank = dist.get_rank() if rank is None else rank
-    name = membership.members[rank]
-    fault = faults.get(rank)
-    started = time.monotonic()
-    taken = 0
-
-    def half_way(i):
-        if i == 10 and fault == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if i == 10 and fault == "stalls":
-            time.sleep(4.5)
-        if i == 10 and fault == "raises":
-            raise RuntimeError("a layer of another kind")
-
-    try:
-        if fault == "stays away":
-            return name, None, "", 0, 0.0
-        if rank < 2:
-            sender = Sender(name, CPU)
-            sender.join(membership)
-
-            def pairs():
-                for i, tensor_name in enumerate(PLAN.names(rank)):
-                    half_way(i)
-                    yield tensor_name, torch.full((64, 512), float(i))
-
-            sender.send(PLAN, rank, pairs())
-        else:
-            receiver = Receiver(name, CPU)
-            receiver.join(membership)
-            plan = PLAN if fault != "other plan" else make_plan({0: specs(0), 2: specs(2)}, 900_000)
-            for tensor_name, tensor in checked(receiver.receive(plan), plan.manifest):
-                assert (tensor == float(tensor_name.split(".")[1])).all()
-                half_way(taken)
-                taken += 1
-    except (TransferError, RuntimeError, WeightMismatch) as error:
-        return name, type(error).__name__, str(error), taken, time.monotonic() - started
-    return name, None, "", taken, time.monotonic() - started
-
-
 def run_with(ranks, rendezvous, limits, faults):
     membership = rendezvous.generation(SOURCES, RECEIVERS, "gloo", limits)
     return ranks(4).run(member, membership, faults)
@@ -225,8 +169,6 @@ def test_members_with_other_plans_do_not_begin(ranks, rendezvous):
 @pytest.mark.parametrize("victim", [1, 3], ids=["source", "receiver"])
 def test_a_killed_member_holds_nobody_beyond_the_limit(rendezvous, victim):
     """In processes of its own: a pool ends with any of its ranks."""
-    from tests.rl.transfer.processes import run_members
-
     answers = run_members(rendezvous.generation(SOURCES, RECEIVERS, "gloo", DEADLY), {victim: "dies"})
     assert victim not in answers
     witnesses = [0, 1] if victim == 3 else [2, 3]
