@@ -44,12 +44,15 @@ class WaitingGroup:
         order: of submission; lower came first.
         samples: how many responses are asked for.
         predicted_tokens: of the group's longest response; None: unknown.
+        batch: number of the set that it belongs to. Groups of a lower one go first under every policy but ``fcfs``
+            (which goes by ``order``): a trainer that works set by set waits for the last group of the earliest.
     """
 
     uid: str
     order: int
     samples: int
     predicted_tokens: float | None
+    batch: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,13 +133,13 @@ def relative_speeds(engines: Sequence[EngineState]) -> dict[int, float]:
 
 
 def longest_first(waiting: Sequence[WaitingGroup]) -> list[int]:
-    """Positions by predicted tokens, longest first, then by submission; unknown ones count as the median."""
+    """Positions by batch, predicted tokens (longest first), submission; unknown ones count as the median."""
     known = [group.predicted_tokens for group in waiting if group.predicted_tokens is not None]
     median = float(np.median(known)) if known else 0.0
 
-    def key(position: int) -> tuple[float, int]:
+    def key(position: int) -> tuple[int, float, int]:
         group = waiting[position]
-        return -(median if group.predicted_tokens is None else group.predicted_tokens), group.order
+        return group.batch, -(median if group.predicted_tokens is None else group.predicted_tokens), group.order
 
     return sorted(range(len(waiting)), key=key)
 
@@ -163,7 +166,7 @@ class Random:
     def assign(self, waiting: Sequence[WaitingGroup], engines: Sequence[EngineState]) -> list[tuple[int, int]]:
         room = _Room(engines, self.fill)
         drawn = [self._draws(group) for group in waiting]
-        for position in sorted(range(len(waiting)), key=lambda p: (drawn[p][0], waiting[p].order)):
+        for position in sorted(range(len(waiting)), key=lambda p: (waiting[p].batch, drawn[p][0], waiting[p].order)):
             samples = waiting[position].samples
             able = [index for index in room.held if room.fits(index, samples)]
             if not able:
@@ -278,8 +281,8 @@ class SkewAware:
     """The longest groups on engines of their own; see the module.
 
     The split is made anew when groups come that it has not seen, or when the accepting engines change; a group keeps
-    its class. Where one side has nothing left to send, its engines help the other: an engine of the long ones once it
-    is empty, one of the rest as soon as it has room.
+    its class. Where one side has nothing left to send, its engines help the other: one of the long ones up to the
+    samples that it was planned to run at a time, one of the rest as soon as it has room.
 
     Args:
         step_seconds: measured seconds of one engine step against running samples, e.g. a ``LatencyProfile``.
@@ -294,6 +297,7 @@ class SkewAware:
         self.fraction = fraction
         self.fill = _checked_fill(fill)
         self.dedicated: tuple[int, ...] = ()
+        self._batches: dict[int, float] = {}
         self._is_long: dict[tuple[str, int], bool] = {}
         self._threshold = math.inf
         self._accepting: tuple[int, ...] = ()
@@ -315,7 +319,8 @@ class SkewAware:
         long = room.hand_out(waiting, long, self.dedicated)
         rest = room.hand_out(waiting, rest, others)
         if rest and not long:
-            room.hand_out(waiting, rest, [index for index in self.dedicated if not room.held[index]])
+            room.most |= self._batches
+            room.hand_out(waiting, rest, self.dedicated)
         elif long and not rest:
             room.hand_out(waiting, long, others)
         return room.sent
@@ -359,6 +364,13 @@ class SkewAware:
             [room.speed[index] for index in ranked],
         )
         self.dedicated = tuple(ranked[:k])
+        if k:
+            samples = sum(group.samples for group in classes[True])
+            shares = _shares(samples, np.array([room.speed[index] for index in self.dedicated])).tolist()
+            self._batches = {
+                index: min(share, room.engines[index].seats)
+                for index, share in zip(self.dedicated, shares, strict=True)
+            }
         self._accepting = tuple(room.engines)
 
 
