@@ -74,6 +74,7 @@ class Dispatcher:
         self.engines, self.dispatch, self.observe, self.on_span = engines, dispatch, observe, on_span
         self.max_restarts = self.restarts_left = max_restarts
         self.failure: BaseException | None = None
+        self.last_completed = time.monotonic()
         self.records = {index: EngineRecord(index, version=engines.version) for index in engines.indices()}
         self.newest: Update | None = None
         config = engines.config
@@ -152,10 +153,11 @@ class Dispatcher:
             for future in (record.joining, record.leaving):
                 if future is not None and not future.done():
                     future.set_exception(error)
-            if record.serving and record.running:
-                self.engines.abort_on(record.index, _sample_ids(pending for pending, _ in record.running.values()))
         self._ended = True
         self._refuse_events()
+        for record in self.records.values():
+            if record.serving and record.running:
+                self.engines.abort_on(record.index, _sample_ids(pending for pending, _ in record.running.values()))
 
     def _refuse_events(self) -> None:
         assert self.failure is not None
@@ -279,6 +281,7 @@ class Dispatcher:
             self._drop(pending.stream, error)
             return
         lengths = [len(sample.response_tokens) for sample in samples if isinstance(sample, Sample)]
+        self.last_completed = time.monotonic()
         record.meter.completed(sum(lengths))
         self.observe(pending.group.prompt, lengths)
         args = {"samples": len(samples), "tokens": sum(lengths)}

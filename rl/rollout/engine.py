@@ -96,6 +96,7 @@ class RolloutEngine:
         self.counters = Counters()
         self.info: EngineInfo | None = None
         self._thread: EngineThread | None = None
+        self._up = asyncio.Event()
         self._torn: str | None = None
         self._tokenizer: Any = None
         self._end_tokens: tuple[int, ...] = ()
@@ -123,6 +124,7 @@ class RolloutEngine:
         self._tokenizer = await asyncio.to_thread(model_files.load_tokenizer, path)
         moe_layers, experts, topk = await self._call(_describe, self.config.start_timeout_s, "its model's shape")
         self.info = EngineInfo(version, moe_layers, experts, topk, time.monotonic() - started, os.getpid())
+        self._up.set()
         return self.info
 
     def _build(self) -> Any:
@@ -226,6 +228,8 @@ class RolloutEngine:
 
         Returns how many were running.
         """
+        # What was asked for before this has not reached the engine's thread yet if it came in the same round.
+        await asyncio.sleep(0)
         return await self._wait(self._live().abort(list(sample_ids)), self.config.update_timeout_s, "aborting samples")
 
     async def progress(self) -> dict[str, int]:
@@ -402,6 +406,8 @@ class RolloutEngine:
         Raises:
             ValueError: a run lies outside its routes.
         """
+        # An engine that takes the place of a dead one may be asked before it is up.
+        await self._wait_for(self._up.wait(), self.config.start_timeout_s, "its start")
         assert self.info is not None
         checked = [routes.checked_slice((ref, first, stop, 0, ref.shape[1])) for ref, first, stop in requests]
         arrays = await self._all_rows([ref for ref, _, _ in checked])

@@ -193,7 +193,7 @@ class EnginePool:
         self, index: int, prompt: Prompt, sample_ids: Sequence[str], sampling: Sampling, seed: int
     ) -> Future[GroupOfSamples]:
         """One group by one engine."""
-        samples, rows = call_apart(self.handles[index], prompt, sample_ids, sampling, seed)
+        samples, rows = call_apart(self._handle(index), prompt, sample_ids, sampling, seed)
         return _future(samples, index, f"samples of prompt {prompt.uid}", lambda value: with_rows(value, rows))
 
     def update_on(
@@ -205,16 +205,16 @@ class EnginePool:
         in_flight: Literal["refuse", "continue"],
     ) -> Future[float]:
         """New weights into one engine; resolves to the seconds that it took."""
-        call = self.handles[index].update_weights.remote(version, list(chunks), manifest, in_flight)
+        call = self._handle(index).update_weights.remote(version, list(chunks), manifest, in_flight)
         return _future(call, index, f"the weight update to version {version}")
 
     def abort_on(self, index: int, sample_ids: Sequence[str]) -> Future[int]:
         """End samples of one engine; resolves to how many ran."""
-        return _future(self.handles[index].abort.remote(list(sample_ids)), index, "aborting samples")
+        return _future(self._handle(index).abort.remote(list(sample_ids)), index, "aborting samples")
 
     def stop_engine(self, index: int) -> Future[None]:
         """End an engine in order; its process stays until :meth:`kill_engine`."""
-        return _future(self.handles[index].stop.remote(), index, "its end")
+        return _future(self._handle(index).stop.remote(), index, "its end")
 
     def kill_engine(self, index: int) -> None:
         """End an engine's process whatever it does; without one, does nothing."""
@@ -222,6 +222,12 @@ class EnginePool:
         if handle is not None:
             self.handles[index] = None
             ray.kill(handle, no_restart=True)
+
+    def _handle(self, index: int) -> Any:
+        handle = self.handles[index] if index < len(self.handles) else None
+        if handle is None:
+            raise EngineDied(f"engine {index} was stopped: stop the generation service before its pool")
+        return handle
 
     def _make(self, index: int) -> Any:
         if self._stopped:

@@ -53,7 +53,8 @@ def _no_span(*args: Any) -> None:
 class GenerationService:
     """See the module's docstring.
 
-    Its methods may be called from any thread. It does not stop the engines that it was given; who made them does.
+    Its methods may be called from any thread. It does not stop the engines that it was given; who made them does, after
+    the service was stopped. While it lives, samples and weights go to the engines through it only.
 
     Args:
         pool: the engines, e.g. an ``EnginePool``.
@@ -119,6 +120,7 @@ class GenerationService:
             len(groups),
             buffer_groups,
             limit_s,
+            progress=lambda: dispatcher.last_completed,
             wake=(lambda: None) if buffer_groups is None else lambda: dispatcher.post(lambda: None),
             close=lambda stream: dispatcher.post(lambda: dispatcher.close(stream)),
         )

@@ -44,7 +44,8 @@ class GroupStream:
     Args:
         groups: how many will come.
         buffer_groups: completed groups that may wait to be taken before no new ones are started; None: any number.
-        limit_s: of every wait that names no limit itself, seconds.
+        limit_s: of every wait that names no limit itself: seconds without a complete group of any stream.
+        progress: when the last group of any stream was complete, seconds of ``time.monotonic()``.
         wake: called after a group was taken.
         close: called once when the stream is closed early.
     """
@@ -54,6 +55,7 @@ class GroupStream:
         groups: int,
         buffer_groups: int | None,
         limit_s: float,
+        progress: Callable[[], float],
         wake: Callable[[], None],
         close: Callable[[GroupStream], None],
     ) -> None:
@@ -63,7 +65,7 @@ class GroupStream:
         self.delivered = 0
         self.closed = False
         self.error: BaseException | None = None
-        self._wake, self._close = wake, close
+        self._progress, self._wake, self._close = progress, wake, close
         self._ready: deque[GroupOfSamples] = deque()
         self._changed = threading.Condition()
         self._waiting, self._running = groups, 0
@@ -89,20 +91,22 @@ class GroupStream:
         """The next complete group; None when all were taken or the stream was closed.
 
         Args:
-            timeout_s: seconds to wait; None: what the engines' own limits allow.
+            timeout_s: seconds to wait; None: while groups of any stream complete, and then what the engines' own
+                limits allow.
 
         Raises:
             EngineTimeout: none completed in time; the stream stays usable. Also what an engine reported: its own
                 timeout, torn weights, a death without a replacement. The stream is then at its end.
         """
         limit = self.limit_s if timeout_s is None else timeout_s
-        deadline = time.monotonic() + limit
+        called = time.monotonic()
         with self._changed:
             while not self._ready:
                 if self.closed or self.delivered == self.groups:
                     return None
                 self._raise_error()
-                left = deadline - time.monotonic()
+                since = called if timeout_s is not None else max(called, self._progress())
+                left = since + limit - time.monotonic()
                 if left <= 0:
                     raise EngineTimeout(
                         f"no group of samples completed within {limit:g} s: {self._running} are at engines, "

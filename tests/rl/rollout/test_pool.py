@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from rl.rollout.config import EngineConfig, Sampling
 from rl.rollout.engine import EngineTimeout
 from rl.rollout.pool import EngineDied, EnginePool
 from rl.rollout.weights import WeightMismatch
-from rl.training.engine_routes import RoutesOfEngines
+from rl.training.engine_routes import RoutesLost, RoutesOfEngines
 from rl.types import Prompt, Sample
 from tests.rl.rollout.reference import assert_equals_transformers
 
@@ -111,6 +113,35 @@ def test_stopping_early_aborts_the_rest(pool: EnginePool) -> None:
 def test_a_wait_that_is_too_long_names_the_engine(pool: EnginePool) -> None:
     with pytest.raises(EngineTimeout, match=r"engine 0: waited 0 s for its health"):
         pool._all({0: pool.handles[0].health.remote()}, 0.0, "its health")
+
+
+@ray.remote(num_cpus=0)
+class Owner:
+    """Something else than this process to own rows."""
+
+    def put(self, rows: np.ndarray) -> list[ray.ObjectRef]:
+        return [ray.put(rows)]
+
+
+def test_rows_whose_owner_is_gone_are_an_error(pool: EnginePool) -> None:
+    samples = [group[0] for group in pool.generate(prompts(2), 1, SAMPLING, seed=6)]
+    owner = Owner.remote()
+    [handle] = ray.get(owner.put.remote(ray.get(samples[0].routes.handle, timeout=30)), timeout=60)
+    lost = replace(samples[0].routes, handle=handle)
+    fetch = RoutesOfEngines(60)
+    fetch.engines = pool.handles
+    np.testing.assert_array_equal(fetch([(lost, 0, 4, 0, 4)])[0], fetch([(samples[0].routes, 0, 4, 0, 4)])[0])
+    ray.kill(owner)
+
+    def keep_asking() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:  # news of the death take a moment
+            time.sleep(0.1)
+            fetch([(lost, 0, 4, 0, 4), (samples[1].routes, 0, 4, 0, 4)])
+
+    with pytest.raises(RoutesLost, match=r"routes that engine 0 captured are lost .* \(63, 4, 2\)"):
+        keep_asking()
+    assert fetch([(samples[1].routes, 0, 4, 0, 4)])[0].shape == (4, 4, 2)
 
 
 def test_death_of_an_engine_is_named(pool: EnginePool) -> None:

@@ -1,5 +1,7 @@
 """Streams of groups without engines behind them."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,9 @@ PROMPTS = [Prompt(f"train/0/{i}", i, 0, "", np.arange(3, dtype=np.int32)) for i 
 
 def stream(groups=3, buffer_groups=None):
     calls = []
-    made = GroupStream(groups, buffer_groups, 0.01, lambda: calls.append("wake"), lambda s: calls.append("close"))
+    made = GroupStream(
+        groups, buffer_groups, 0.01, lambda: 0.0, lambda: calls.append("wake"), lambda s: calls.append("close")
+    )
     return made, calls
 
 
@@ -39,6 +43,14 @@ def test_counts_follow_a_group():
     assert made.put([])
     assert list(made) == [[]]
     assert made.next() is None
+
+
+def test_a_stream_waits_while_others_get_groups():
+    finished = time.monotonic() + 0.05
+    made = GroupStream(1, None, 0.01, lambda: min(time.monotonic(), finished), lambda: None, lambda s: None)
+    with pytest.raises(EngineTimeout):
+        made.next()
+    assert time.monotonic() >= finished
 
 
 def test_an_error_comes_before_what_is_ready():
