@@ -6,9 +6,10 @@ internals on machines without CUDA. Tested versions: see :data:`TESTED_VERSIONS`
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -259,6 +260,25 @@ def finalize_grads_summed(groups: Any) -> Callable[..., None]:
         finalize_model_grads(model, None, pg_collection=pg_collection or groups, **kwargs)
 
     return finalize
+
+
+@contextlib.contextmanager
+def gradients_not_finalized(config: Any) -> Iterator[None]:
+    """Schedules run inside leave gradients in ``main_grad`` as this rank computed them: nothing is reduced.
+
+    For DDP without overlapped reduction, which reduces in ``finalize_model_grads`` alone.
+    """
+    before = config.finalize_model_grads_func
+    config.finalize_model_grads_func = None
+    try:
+        yield
+    finally:
+        config.finalize_model_grads_func = before
+
+
+def gradient_buffers(chunks: Sequence[torch.nn.Module]) -> list[torch.Tensor]:
+    """The flat tensors that ``main_grad`` of all parameters are views of; chunks are wrapped in DDP."""
+    return [buffer.grad_data for chunk in chunks for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]]
 
 
 def forward_backward_function(pp: int, vpp: int | None, config: Any, groups: Any) -> Callable[..., Any]:

@@ -8,8 +8,9 @@ rows ``P-1 .. P+R-2`` carry the loss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -73,14 +74,53 @@ class TrainSample:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What losses are normalised by.
+
+    Attributes:
+        tokens: to learn from.
+        sequences: samples with at least one such token.
+    """
+
+    tokens: int = 0
+    sequences: int = 0
+
+    @staticmethod
+    def of(samples: Iterable[TrainSample]) -> Counts:
+        """Of these samples."""
+        learnt = [int(sample.loss_mask.sum()) for sample in samples]
+        return Counts(sum(learnt), sum(tokens > 0 for tokens in learnt))
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.tokens + other.tokens, self.sequences + other.sequences)
+
+    def scale(self, aggregation: Literal["token_mean", "sequence_mean"], true: Counts) -> float:
+        """What gradients and losses normalised by these counts are multiplied by, to be normalised by the true ones.
+
+        Args:
+            aggregation: of the loss.
+            true: counts of the whole set.
+
+        Raises:
+            ValueError: an unknown aggregation.
+        """
+        if aggregation == "token_mean":
+            return max(1, self.tokens) / max(1, true.tokens)
+        if aggregation == "sequence_mean":
+            return max(1, self.sequences) / max(1, true.sequences)
+        raise ValueError(f"expected the aggregation token_mean or sequence_mean, got {aggregation!r}")
+
+
+@dataclass(frozen=True)
 class MiniBatch:
-    """The part of a mini-batch that one data-parallel rank is given.
+    """The part of a mini-batch, or of a chunk of one, that one data-parallel rank is given.
 
     Attributes:
         layout: of the whole mini-batch, all ranks.
         samples: by index into ``layout.sample_ids``; at least those of this rank.
-        total_tokens: tokens to learn from, of the whole mini-batch.
-        total_sequences: samples with at least one such token, of the whole mini-batch.
+        total_tokens: what losses per token are divided by: tokens to learn from, of the whole mini-batch. Of a chunk of
+            a set that is still arriving, an estimate of the set's.
+        total_sequences: what losses per sequence are divided by: samples with at least one such token; likewise.
     """
 
     layout: BatchLayout
@@ -89,15 +129,31 @@ class MiniBatch:
     total_sequences: int
 
     @staticmethod
-    def make(samples: Sequence[TrainSample], layout: BatchLayout) -> MiniBatch:
-        """The whole mini-batch; :meth:`part` cuts it."""
-        tokens = sum(int(s.loss_mask.sum()) for s in samples)
+    def make(
+        samples: Sequence[TrainSample],
+        layout: BatchLayout,
+        total_tokens: int | None = None,
+        total_sequences: int | None = None,
+    ) -> MiniBatch:
+        """The whole mini-batch, or a whole chunk; :meth:`part` cuts it.
+
+        Args:
+            samples: all of them.
+            layout: of these samples.
+            total_tokens, total_sequences: denominators; by default the counts of these samples.
+        """
+        learnt = Counts.of(samples)
         return MiniBatch(
             layout=layout,
             samples=dict(enumerate(samples)),
-            total_tokens=tokens,
-            total_sequences=sum(bool(s.loss_mask.any()) for s in samples),
+            total_tokens=learnt.tokens if total_tokens is None else total_tokens,
+            total_sequences=learnt.sequences if total_sequences is None else total_sequences,
         )
+
+    @property
+    def learnt(self) -> Counts:
+        """What the samples that are here have to learn from: of a part, that part's."""
+        return Counts.of(self.samples.values())
 
     def part(self, rank: int) -> MiniBatch:
         """What data-parallel rank ``rank`` needs."""

@@ -12,28 +12,31 @@ its routers see.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import ray
-import torch
 
 from megatron_ultraep.layout import Pass
 from megatron_ultraep.megatron.migrate import MoveReport
-from megatron_ultraep.telemetry.metrics import merge_groups
-from rl.training.batch import MiniBatch
-from rl.training.foresight import ExpertGroup, Homes, PassPlans, StagePlans, expert_groups
-from rl.training.passes import PassSettings, RouteMode, RouteReport, RouteSlice
-from rl.training.worker import Objective, TrainerSpec
-from rl.types import RouteRef
+from rl.training.accumulate import check_apply, check_first
+from rl.training.actor import TrainerActor
+from rl.training.batch import Counts, MiniBatch
+from rl.training.engine_routes import RoutesOfEngines
+from rl.training.foresight import ExpertGroup, Homes, PassPlans, expert_groups
+from rl.training.objectives import Objective
+from rl.training.offload import MemoryReport, OffloadReport, Part, merge_reports
+from rl.training.passes import PassSettings, RouteMode, RouteReport
+from rl.training.results import ChunkOutcome, StepOutcome, chunk_outcome, step_outcome
+from rl.training.spec import TrainerSpec
 
-_BUCKET_BYTES = 64 << 20
+__all__ = ["RoutesOfEngines", "StepOutcome", "Trainer", "TrainerDied", "TrainerLimits", "TrainerTimeout"]
+
 _PEERS_S = 5.0  # for the death of a rank to be known after its peers have failed
 _CLOSE_S = 10.0  # to write what is left of the load records
 
@@ -54,161 +57,6 @@ class TrainerLimits:
     step_s: float = 900.0
     checkpoint_s: float = 600.0
     routes_s: float = 300.0
-
-
-class RoutesOfEngines:
-    """Fetches parts of routes from the engines that hold them, one call per engine."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self.engines: list[Any] = []
-        self.timeout_s = timeout_s
-
-    def __call__(self, requests: Sequence[RouteSlice]) -> list[np.ndarray]:
-        return self._ask("slice_routes", requests)
-
-    def count(self, requests: Sequence[tuple[RouteRef, int, int]]) -> list[np.ndarray]:
-        """Counts of experts in ``(reference, row start, row stop)`` each: int32 ``[MoE layers, experts]``."""
-        return self._ask("count_routes", requests)
-
-    def _ask(self, what: str, requests: Sequence[tuple[Any, ...]]) -> list[np.ndarray]:
-        by_engine: dict[int, list[int]] = {}
-        for i, request in enumerate(requests):
-            by_engine.setdefault(request[0].engine, []).append(i)
-        calls = {e: getattr(self.engines[e], what).remote([requests[i] for i in mine]) for e, mine in by_engine.items()}
-        out: list[np.ndarray] = [np.zeros(0)] * len(requests)
-        for engine, mine in by_engine.items():
-            try:
-                parts = ray.get(calls[engine], timeout=self.timeout_s)
-            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-                raise RuntimeError(f"engine {engine} did not hand over routes: {type(error).__name__}") from error
-            for i, part in zip(mine, parts, strict=True):
-                out[i] = part
-        return out
-
-
-class TrainerActor:
-    """One rank's process. Heavy imports happen in its calls, so that all ranks import at the same time."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-        self.worker: Any = None
-
-    def listen_address(self) -> str:
-        """``host:port`` for rank 0's store; the port was free a moment ago."""
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as s:
-            s.bind((host, 0))
-            return f"{host}:{s.getsockname()[1]}"
-
-    def start(self, spec: TrainerSpec, world: int, address: str, backend: str, limits: TrainerLimits) -> dict[str, Any]:
-        """Join the group and build everything; returns what was built."""
-        import os
-
-        from rl.training import worker
-
-        started = time.perf_counter()
-        worker.initialize(self.rank, world, address, backend, spec.collective_s)
-        self.routes = RoutesOfEngines(limits.routes_s)
-        self.worker = worker.TrainWorker(spec, self.routes)
-        arch = self.worker.actor.arch
-        return {
-            "pid": os.getpid(),
-            "coordinates": self.worker.groups.coordinates,
-            "seconds": time.perf_counter() - started,
-            "balance": self.worker.balance(),
-            "moe_layers": arch.moe_layers,
-            "experts": arch.experts,
-            "topk": arch.topk,
-        }
-
-    def connect(self, engines: list[Any]) -> None:
-        self.routes.engines = engines
-
-    def logprobs(
-        self,
-        part: MiniBatch,
-        model: str,
-        pass_: Pass,
-        step: int,
-        routes: RouteMode,
-        settings: PassSettings,
-        plans: StagePlans | None,
-    ) -> tuple[dict[str, np.ndarray], RouteReport]:
-        return self.worker.logprobs(part, model, pass_, step, routes, settings, plans)
-
-    def train(
-        self, part: MiniBatch, step: int, objective: Objective, lr: float | None, plans: StagePlans | None
-    ) -> Any:
-        return self.worker.train(part, step, objective, lr=lr, plans=plans)
-
-    def reorder(self, homes: Homes) -> MoveReport:
-        return self.worker.reorder(homes)
-
-    def end_warmup(self) -> None:
-        self.worker.end_warmup()
-
-    def export(self, dtype: str) -> list[tuple[Any, dict[str, tuple[int, ...]]]]:
-        """This rank's weights in the object store: ``(reference to {name: tensor}, {name: shape})`` per bucket."""
-        buckets = self.worker.export(_BUCKET_BYTES, getattr(torch, dtype))
-        return [(ray.put(b), {n: tuple(t.shape) for n, t in b.items()}) for b in buckets]
-
-    def save(self, directory: str, optimizer: bool) -> None:
-        from rl.training import checkpoint
-
-        checkpoint.save(self.worker, directory, optimizer=optimizer)
-
-    def load(self, directory: str, reference: str | None) -> None:
-        from rl.training import checkpoint
-
-        checkpoint.load(self.worker, directory)
-        if reference is not None and self.worker.reference is not None:
-            checkpoint.load_model(self.worker.reference, reference)
-
-    def save_reference(self, directory: str) -> None:
-        from rl.training import checkpoint
-
-        if self.worker.reference is not None:
-            checkpoint.save_model(self.worker.reference, directory)
-
-    def save_hf(self, source: str, target: str) -> None:
-        from rl.models.weights import save_hf
-
-        save_hf(self.worker.actor, source, target)
-
-    def close(self) -> None:
-        """Write what is left of the load records."""
-        if self.worker is not None:
-            self.worker.close()
-
-
-@dataclass
-class StepOutcome:
-    """One optimizer step over all ranks.
-
-    Attributes:
-        loss: mini-batch loss.
-        sums: metric sums over the mini-batch's learnt tokens.
-        tokens: how many those are.
-        grad_norm: before clipping.
-        lr: learning rate.
-        updated: False when Megatron skipped the step.
-        digests: per sample, uint64 ``[MoE layers]`` of the routes that routers consumed; empty unless replayed.
-        route_rows, differing: router rows (samples x layers), and how many had another own top-k.
-        seconds: slowest rank, by part.
-        balance: metrics of balancing, see ``megatron_ultraep.telemetry.metrics``; empty without it.
-    """
-
-    loss: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-    tokens: int = 0
-    grad_norm: float = float("nan")
-    lr: float = 0.0
-    updated: bool = True
-    digests: dict[str, np.ndarray] = field(default_factory=dict)
-    route_rows: int = 0
-    differing: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    balance: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -235,6 +83,7 @@ class Trainer:
         self.spec = spec
         self.limits = limits or TrainerLimits()
         self.steps = 0  # optimizer steps so far, what micro-batch keys count
+        self._set: Counts | None = None  # what the chunks of the open set learn from
         world = spec.layout.world
         actor = ray.remote(TrainerActor).options(
             num_cpus=1,
@@ -246,7 +95,7 @@ class Trainer:
         try:
             address = self._all([self.handles[0].listen_address.remote()], self.limits.start_s, "its address")[0]
             self.ranks: list[dict[str, Any]] = self._call(
-                "start", spec, world, address, backend, self.limits, limit=self.limits.start_s
+                "start", spec, world, address, backend, self.limits.routes_s, limit=self.limits.start_s
             )
         except BaseException:
             self.stop()
@@ -267,14 +116,18 @@ class Trainer:
         routes: RouteMode,
         settings: PassSettings,
         plans: PassPlans | None = None,
+        first_micro_batch: int = 0,
     ) -> tuple[dict[str, np.ndarray], RouteReport]:
         """Log-probs of the learnt tokens of all samples, ``[T]`` each aligned with tokens, and what routers did.
 
-        Plans were made ahead, of the actor's pass; None plans on exact loads.
+        Plans were made ahead, of the actor's pass; None plans on exact loads. Passes over several chunks of one step
+        count micro-batches on from chunk to chunk, each from its ``first_micro_batch``.
         """
         parts, ahead = self._parts(batch), self._plans(plans)
         calls = [
-            handle.logprobs.remote(parts[self._dp(rank)], model, pass_, self.steps, routes, settings, ahead[rank])
+            handle.logprobs.remote(
+                parts[self._dp(rank)], model, pass_, self.steps, routes, settings, ahead[rank], first_micro_batch
+            )
             for rank, handle in enumerate(self.handles)
         ]
         merged: dict[str, np.ndarray] = {}
@@ -296,22 +149,83 @@ class Trainer:
         ]
         results = self._all(calls, self.limits.step_s, f"optimizer step {self.steps}")
         self.steps += 1
-        outcome = StepOutcome(
-            grad_norm=results[0].grad_norm, lr=results[0].lr, updated=results[0].updated, tokens=batch.total_tokens
-        )
-        for result in results:
-            outcome.loss += result.loss
-            for name, value in result.sums.items():
-                outcome.sums[name] = outcome.sums.get(name, 0.0) + value
-            for name, digest in result.routes.digests.items():
-                with np.errstate(over="ignore"):
-                    outcome.digests[name] = outcome.digests.get(name, np.zeros_like(digest)) + digest
-            outcome.route_rows += result.routes.rows
-            outcome.differing += result.routes.differing
-            for name, value in result.seconds.items():
-                outcome.seconds[name] = max(outcome.seconds.get(name, 0.0), value)
-        outcome.balance = merge_groups([result.balance for result in results if result.balance])
-        return outcome
+        return step_outcome(results, batch.learnt)
+
+    # ---------------------------------------------------------------- sets that arrive in chunks
+
+    def accumulate(
+        self, batch: MiniBatch, objective: Objective, *, plans: PassPlans | None = None, first: bool
+    ) -> ChunkOutcome:
+        """Forward and backward of one chunk of a set, whose optimizer step is :meth:`apply`'s.
+
+        Args:
+            batch: the chunk, with the same estimated denominators as all chunks of its set (``MiniBatch.make``).
+            objective: the loss.
+            plans: of this chunk, as for :meth:`logprobs`.
+            first: begins a set.
+
+        Raises:
+            AccumulationError: a set begun twice, or not at all.
+        """
+        check_first(self._set is not None, first)
+        parts, ahead = self._parts(batch), self._plans(plans)
+        calls = [
+            handle.accumulate.remote(parts[self._dp(rank)], self.steps, objective, ahead[rank], first)
+            for rank, handle in enumerate(self.handles)
+        ]
+        self._set = self.accumulated + batch.learnt
+        results = self._all(calls, self.limits.step_s, f"a chunk of optimizer step {self.steps}")
+        return chunk_outcome(results, batch.learnt)
+
+    @property
+    def accumulated(self) -> Counts:
+        """What the chunks of the open set learn from so far: true counts."""
+        return self._set or Counts()
+
+    def apply(self, scale: float, *, lr: float | None = None) -> StepOutcome:
+        """End the set: one optimizer step on the gradients of all its chunks.
+
+        Args:
+            scale: estimated denominator / true one: ``Counts(estimate).scale(aggregation, trainer.accumulated)``.
+            lr: learning rate of this step; None follows the schedule.
+
+        Returns:
+            the step, with what all its chunks did; seconds of chunks add up.
+
+        Raises:
+            AccumulationError: no set is open.
+            ValueError: a scale that is no positive number.
+        """
+        check_apply(self._set is not None, scale)
+        results = self._call("apply", scale, lr, limit=self.limits.step_s)
+        learnt, self._set = self.accumulated, None
+        self.steps += 1
+        return step_outcome(results, learnt)
+
+    def discard(self) -> None:
+        """Drop the open set, if there is one, with its gradients."""
+        self._call("discard", limit=self.limits.step_s)
+        self._set = None
+
+    # ---------------------------------------------------------------- colocated mode
+
+    def offload(self, what: Sequence[Part] | None = None) -> OffloadReport:
+        """Free the ranks' devices of weights, gradients and optimizer states, or of some; see ``rl.training.offload``.
+
+        Returns:
+            bytes over all ranks, and the slowest rank's seconds.
+        """
+        return merge_reports(self._call("offload", what, limit=self.limits.step_s))
+
+    def onload(self, what: Sequence[Part] | None = None) -> OffloadReport:
+        """Bring back what was offloaded, or some of it."""
+        return merge_reports(self._call("onload", what, limit=self.limits.step_s))
+
+    def memory(self) -> list[MemoryReport]:
+        """What each rank takes."""
+        return self._call("memory", limit=self.limits.start_s)
+
+    # ---------------------------------------------------------------- between steps
 
     def reorder(self, homes: Homes) -> MoveReport:
         """Move experts to new homes between steps; see ``TrainWorker.reorder``.

@@ -94,6 +94,7 @@ class PassRunner:
         routes: RouteMode,
         per_micro_batch: Callable[[torch.Tensor, PackedTensors, MicroBatch], Any],
         forward_only: bool,
+        first_micro_batch: int = 0,
     ) -> tuple[list[Any], RouteReport]:
         """Run every micro-batch of this rank.
 
@@ -104,13 +105,14 @@ class PassRunner:
             per_micro_batch: on the last stage, from logits ``[rows, vocab/tp]`` to what the schedule keeps: anything
                 when ``forward_only``, else ``(loss, anything)``.
             forward_only: no backward.
+            first_micro_batch: what the keys count from: micro-batches of earlier chunks of the same step.
 
         Returns:
             what ``per_micro_batch`` gave, per micro-batch in order (empty but on the last stage), and what routers did.
         """
         layout = self.model.groups.layout
         mine = batch.layout.micro_batches[self.model.groups.coordinates["dp"]]
-        keys = [MicroBatchKey(self.model.name, pass_, step, i) for i in range(len(mine))]
+        keys = [MicroBatchKey(self.model.name, pass_, step, first_micro_batch + i) for i in range(len(mine))]
         replaying = self.replay is not None and routes == "replay"
 
         def micro_batches() -> Iterator[tuple[MicroBatchKey, MicroBatch]]:
@@ -155,9 +157,16 @@ class PassRunner:
                 self.replay.clear()
 
     def logprobs(
-        self, batch: MiniBatch, settings: PassSettings, *, pass_: Pass, step: int, routes: RouteMode
+        self,
+        batch: MiniBatch,
+        settings: PassSettings,
+        *,
+        pass_: Pass,
+        step: int,
+        routes: RouteMode,
+        first_micro_batch: int = 0,
     ) -> tuple[dict[str, np.ndarray], RouteReport]:
-        """Log-probs of every learnt token, without gradients.
+        """Log-probs of every learnt token, without gradients; arguments as for :meth:`run`.
 
         Returns:
             per sample float32 (float64 for a float64 model) ``[T]`` aligned with tokens; empty but on the last stage's
@@ -169,7 +178,13 @@ class PassRunner:
             return self.token_logprobs(logits, packed, settings)[0]
 
         kept, report = self.run(
-            batch, pass_=pass_, step=step, routes=routes, per_micro_batch=collect, forward_only=True
+            batch,
+            pass_=pass_,
+            step=step,
+            routes=routes,
+            per_micro_batch=collect,
+            forward_only=True,
+            first_micro_batch=first_micro_batch,
         )
         out: dict[str, np.ndarray] = {}
         if self.model.groups.coordinates["tp"] == 0:

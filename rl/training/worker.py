@@ -3,7 +3,9 @@
 worker = TrainWorker(TrainerSpec(...), rank, world)     # torch.distributed is initialised
 worker.load("model/")
 old, _ = worker.logprobs(part, "actor", "old_logprob", step, "replay")
-result = worker.train(part, step, PolicyObjective(...))
+result = worker.train(part, step, PolicyObjective(...))     # or accumulate(chunk, ...) ..., apply(scale)
+worker.offload()                                            # colocated: engines generate now
+worker.onload()
 chunks = list(worker.export(bucket_bytes))
 """
 
@@ -12,174 +14,43 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_ultraep.config import BalanceConfig
 from megatron_ultraep.layout import MicroBatch, MicroBatchKey, Pass
 from megatron_ultraep.megatron import compat, microbatch
 from megatron_ultraep.megatron.attach import Balancer, attach, moe_layers
 from megatron_ultraep.megatron.checkpoint import home_slot_of
-from megatron_ultraep.megatron.groups import ParallelLayout, create_groups
+from megatron_ultraep.megatron.groups import create_groups
 from megatron_ultraep.megatron.migrate import MoveGroup, MoveReport, make_move_group, move_experts
 from megatron_ultraep.megatron.router_replay import RoutingReplay
-from rl.algorithms.losses import Normaliser, PolicyLossConfig, PolicyTokens, policy_loss
 from rl.models.architecture import read_architecture
-from rl.models.builder import DTYPES, BuiltModel, Recompute, build_model
+from rl.models.builder import DTYPES, BuiltModel, build_model
 from rl.models.weights import export_weights, load_weights
-from rl.training.batch import MiniBatch, PackedTensors, pack_field
+from rl.training.accumulate import AccumulationError, Accumulator
+from rl.training.batch import MiniBatch, PackedTensors
 from rl.training.foresight import RankBalance, StagePlans, foreseen, rank_balance
+from rl.training.objectives import Objective, PolicyObjective, SupervisedObjective
+from rl.training.offload import Offloader, OffloadReport, Part
 from rl.training.passes import PassRunner, PassSettings, RouteMode, RouteReport, RouteSource, local_routes
+from rl.training.results import AccumulateResult, TrainResult
+from rl.training.spec import OptimizerSpec, TrainerSpec
 
-
-@dataclass(frozen=True)
-class OptimizerSpec:
-    """Adam and its schedule, counted in optimizer steps; see ``rl.config.OptimizerSection`` for the fields."""
-
-    lr: float = 1e-6
-    min_lr: float = 0.0
-    warmup_steps: int = 0
-    decay_steps: int = 0
-    schedule: str = "constant"
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
-
-
-@dataclass(frozen=True)
-class TrainerSpec:
-    """What every rank builds.
-
-    Attributes:
-        model_path: Hugging Face directory of architecture and first weights.
-        layout: parallel sizes.
-        dtype: ``"float32"``, ``"bfloat16"`` or ``"float64"``.
-        recompute: activation recomputation.
-        distributed_optimizer: shard optimizer state over data-parallel ranks.
-        optimizer: its settings.
-        reference: build the frozen reference model too.
-        seed: of Megatron's random-number tracker.
-        collective_s: limit of every collective, in seconds.
-        balance: how experts are balanced; None, or not enabled: not at all.
-        fuse_gradients: Transformer Engine's kernels add weight gradients to ``main_grad`` themselves.
-        permute_fusion: Transformer Engine's kernels permute tokens; needs Transformer Engine.
-        overlap: reduce gradients while backward runs, gather the distributed optimizer's parameters while forward runs.
-        reorder: experts will change their homes; whether they can is asked at start.
-    """
-
-    model_path: str
-    layout: ParallelLayout
-    dtype: str = "float32"
-    recompute: Recompute = field(default_factory=Recompute)
-    distributed_optimizer: bool = True
-    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
-    reference: bool = False
-    seed: int = 0
-    collective_s: float = 300.0
-    balance: BalanceConfig | None = None
-    overlap: bool = False
-    fuse_gradients: bool = False
-    permute_fusion: bool = False
-    reorder: bool = False
-
-
-class Objective(Protocol):
-    """From one micro-batch's logits to its additive share of the mini-batch loss and sums of metrics."""
-
-    routes: RouteMode
-
-    def __call__(
-        self, runner: PassRunner, batch: MiniBatch, logits: torch.Tensor, packed: PackedTensors, micro_batch: MicroBatch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
-
-
-@dataclass(frozen=True)
-class PolicyObjective:
-    """The policy loss of ``rl.algorithms.losses``."""
-
-    loss: PolicyLossConfig
-    settings: PassSettings
-    routes: RouteMode = "replay"
-
-    def __call__(
-        self, runner: PassRunner, batch: MiniBatch, logits: torch.Tensor, packed: PackedTensors, micro_batch: MicroBatch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        logprobs, entropy = runner.token_logprobs(logits, packed, self.settings)
-
-        def given(name: str) -> torch.Tensor | None:
-            return pack_field(micro_batch, batch.samples, name, logprobs.device, logprobs.dtype)
-
-        advantages = given("advantages")
-        if advantages is None:
-            raise ValueError("expected advantages of every sample of a policy mini-batch, got none")
-        any_sample = next(iter(batch.samples.values()), None)
-        tokens = PolicyTokens(
-            logprobs=logprobs,
-            advantages=advantages,
-            mask=packed.mask,
-            sample_index=packed.sample_index,
-            old_logprobs=given("old_logprobs") if any_sample and any_sample.old_logprobs is not None else None,
-            rollout_logprobs=given("rollout_logprobs"),
-            ref_logprobs=given("ref_logprobs") if any_sample and any_sample.ref_logprobs is not None else None,
-            entropy=entropy if self.loss.entropy_coef or entropy is None else entropy.detach(),
-        )
-        normaliser = Normaliser(
-            total_tokens=float(max(1, batch.total_tokens)),
-            total_sequences=float(max(1, batch.total_sequences)),
-            sequence_tokens=packed.segment_tokens,
-        )
-        return policy_loss(tokens, self.loss, normaliser)
-
-
-@dataclass(frozen=True)
-class SupervisedObjective:
-    """Mean negative log-likelihood of the learnt tokens; routers choose by themselves.
-
-    The sum ``exact`` counts samples whose learnt tokens are what greedy decoding would write.
-    """
-
-    settings: PassSettings = field(default_factory=PassSettings)
-    routes: RouteMode = "own"
-
-    def __call__(
-        self, runner: PassRunner, batch: MiniBatch, logits: torch.Tensor, packed: PackedTensors, micro_batch: MicroBatch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        logprobs, _ = runner.token_logprobs(logits, packed, self.settings)
-        total = -(torch.where(packed.mask, logprobs, torch.zeros_like(logprobs))).sum()
-        wrong = packed.mask & ~runner.most_likely(logits, packed)
-        errors = torch.zeros_like(packed.segment_tokens).index_add_(0, packed.sample_index, wrong.to(torch.int64))
-        exact = ((errors == 0) & (packed.segment_tokens > 0)).sum()
-        return total / max(1, batch.total_tokens), {"nll": total.detach(), "exact": exact}
-
-
-@dataclass
-class TrainResult:
-    """What one optimizer step did, on this rank.
-
-    Attributes:
-        loss: this rank's share of the mini-batch loss; 0 but on the last stage's first tensor-parallel ranks.
-        sums: metric sums over this rank's learnt tokens, empty elsewhere; the driver adds them over ranks.
-        grad_norm: global norm before clipping, the same on all ranks.
-        lr: of the step.
-        updated: False when Megatron skipped the step.
-        routes: what routers did.
-        seconds: by part.
-        balance: metrics of balancing this step, from one rank of each expert-parallel group; empty on the others.
-    """
-
-    loss: float
-    sums: dict[str, float]
-    grad_norm: float
-    lr: float
-    updated: bool
-    routes: RouteReport
-    seconds: dict[str, float]
-    balance: dict[str, float] = field(default_factory=dict)
+__all__ = [
+    "Objective",
+    "OptimizerSpec",
+    "PolicyObjective",
+    "SupervisedObjective",
+    "TrainResult",
+    "TrainWorker",
+    "TrainerSpec",
+    "initialize",
+    "model_exists",
+    "reset_optimizer_state",
+]
 
 
 class TrainWorker:
@@ -222,6 +93,8 @@ class TrainWorker:
         self._move_group: MoveGroup | None = None
         if spec.reorder:
             self._move_group = self._make_move_group()
+        self.accumulator = Accumulator(self)
+        self.offloader = Offloader(self)
 
     def _replay_of(self, model: BuiltModel) -> RoutingReplay | None:
         return RoutingReplay(model.chunks, model.arch.moe_layer_of()) if model.arch.is_moe else None
@@ -274,7 +147,8 @@ class TrainWorker:
             style=o.schedule,
             weight_decay=o.weight_decay,
         )
-        actor.config.finalize_model_grads_func = compat.finalize_grads_summed(self.groups.collection)
+        self._finalize = compat.finalize_grads_summed(self.groups.collection)
+        actor.config.finalize_model_grads_func = self._finalize
         actor.config.grad_scale_func = self.optimizer.scale_loss
 
     # ---------------------------------------------------------------- passes
@@ -288,17 +162,21 @@ class TrainWorker:
         routes: RouteMode,
         settings: PassSettings,
         plans: StagePlans | None = None,
+        first_micro_batch: int = 0,
     ) -> tuple[dict[str, Any], RouteReport]:
         """Log-probs of learnt tokens, see :meth:`PassRunner.logprobs`; model ``"actor"`` or ``"reference"``.
 
-        Plans are those of the actor; see :meth:`train`.
+        Plans are those of the actor; see :meth:`train`. Needs no more than weights on the device.
         """
-        with self._foreseen(batch, pass_, step, plans):
-            return self.runners[model].logprobs(batch, settings, pass_=pass_, step=step, routes=routes)
+        self.offloader.require("log-probs", "weights")
+        with self._foreseen(batch, pass_, step, plans, first_micro_batch):
+            return self.runners[model].logprobs(
+                batch, settings, pass_=pass_, step=step, routes=routes, first_micro_batch=first_micro_batch
+            )
 
-    def _foreseen(self, batch: MiniBatch, pass_: Pass, step: int, plans: StagePlans | None) -> Any:
+    def _foreseen(self, batch: MiniBatch, pass_: Pass, step: int, plans: StagePlans | None, first: int) -> Any:
         mine = batch.layout.micro_batches[self.groups.coordinates["dp"]]
-        keys = [MicroBatchKey(self.actor.name, pass_, step, i) for i in range(len(mine))]
+        keys = [MicroBatchKey(self.actor.name, pass_, step, first + i) for i in range(len(mine))]
         ids = batch.layout.sample_ids
         samples = {
             key: [ids[s.sample] for s in micro_batch.segments] for key, micro_batch in zip(keys, mine, strict=True)
@@ -309,14 +187,33 @@ class TrainWorker:
         self, batch: MiniBatch, step: int, objective: Objective, plans: StagePlans | None = None
     ) -> tuple[float, dict[str, float], RouteReport]:
         """Forward and backward of one mini-batch, gradients reduced and left in ``main_grad``; see :meth:`train`."""
-        self._empty_gradients()
+        self._require_no_set("a mini-batch")
+        self.offloader.require("gradients", "weights", "gradients", "optimizer")
+        self.empty_gradients()
+        return self.forward_backward(batch, step, objective, plans)
+
+    def forward_backward(
+        self,
+        batch: MiniBatch,
+        step: int,
+        objective: Objective,
+        plans: StagePlans | None = None,
+        *,
+        first_micro_batch: int = 0,
+    ) -> tuple[float, dict[str, float], RouteReport]:
+        """Add gradients to ``main_grad``, and finalize them if the model's configuration says so.
+
+        Args:
+            batch, step, objective, plans: as for :meth:`train`.
+            first_micro_batch: see :meth:`PassRunner.run`.
+        """
         runner = self.runners["actor"]
 
         def per_micro_batch(logits: torch.Tensor, packed: PackedTensors, micro_batch: MicroBatch) -> Any:
             loss, sums = objective(runner, batch, logits, packed, micro_batch)
             return loss, {"loss": loss.detach(), **sums}
 
-        with self._foreseen(batch, "train", step, plans):
+        with self._foreseen(batch, "train", step, plans, first_micro_batch):
             kept, report = runner.run(
                 batch,
                 pass_="train",
@@ -324,6 +221,7 @@ class TrainWorker:
                 routes=objective.routes,
                 per_micro_batch=per_micro_batch,
                 forward_only=False,
+                first_micro_batch=first_micro_batch,
             )
         sums: dict[str, float] = {}
         if self.groups.coordinates["tp"] == 0:
@@ -354,10 +252,24 @@ class TrainWorker:
             ForesightMismatch: on all ranks, before the optimizer steps, where routes are not those planned for.
         """
         started = time.perf_counter()
-        if self.balancer is not None:
-            self.balancer.metrics()  # of passes before this one
+        self.balance_metrics()  # of passes before this one
         loss, sums, report = self.gradients(batch, step, objective, plans)
         computed = time.perf_counter()
+        grad_norm, used, updated = self.optimizer_step(lr)
+        ended = time.perf_counter()
+        return TrainResult(
+            loss=loss,
+            sums=sums,
+            grad_norm=grad_norm,
+            lr=used,
+            updated=updated,
+            routes=report,
+            seconds={"forward_backward": computed - started, "optimizer": ended - computed},
+            balance=self.balance_metrics(),
+        )
+
+    def optimizer_step(self, lr: float | None) -> tuple[float, float, bool]:
+        """Step on the gradients that are in ``main_grad``, finalized; ``(norm before clipping, lr, updated)``."""
         if lr is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -365,17 +277,83 @@ class TrainWorker:
         updated, grad_norm, _ = self.optimizer.step()
         if lr is None:
             self.scheduler.step(increment=1)
-        ended = time.perf_counter()
-        return TrainResult(
-            loss=loss,
-            sums=sums,
-            grad_norm=float(grad_norm) if grad_norm is not None else float("nan"),
-            lr=used,
-            updated=bool(updated),
-            routes=report,
-            seconds={"forward_backward": computed - started, "optimizer": ended - computed},
-            balance=self.balancer.metrics() if self.balancer is not None and self.groups.coordinates["ep"] == 0 else {},
-        )
+        return float(grad_norm) if grad_norm is not None else float("nan"), used, bool(updated)
+
+    def balance_metrics(self) -> dict[str, float]:
+        """Of balancing since the last call, on one rank of each expert-parallel group; empty on the others."""
+        found = self.balancer.metrics() if self.balancer is not None else {}
+        return found if self.groups.coordinates["ep"] == 0 else {}
+
+    # ---------------------------------------------------------------- sets that arrive in chunks
+
+    def accumulate(
+        self,
+        batch: MiniBatch,
+        step: int,
+        objective: Objective,
+        *,
+        plans: StagePlans | None = None,
+        first: bool,
+    ) -> AccumulateResult:
+        """Forward and backward of one chunk of a set; gradients stay in ``main_grad``, not reduced.
+
+        Args:
+            batch: this data-parallel rank's part of the chunk, with denominators estimated for the whole set, the same
+                ones for all its chunks.
+            step: of the micro-batch keys, the same for all chunks.
+            objective: the loss.
+            plans: of this chunk; see :meth:`train`.
+            first: begins a set.
+
+        Raises:
+            AccumulationError: a set begun twice or not at all, or gradients that are reduced during backward.
+            ForesightMismatch: see :meth:`train`; the set is discarded.
+        """
+        self.offloader.require("gradients", "weights", "gradients", "optimizer")
+        return self.accumulator.accumulate(batch, step, objective, plans=plans, first=first)
+
+    def apply(self, scale: float, *, lr: float | None = None) -> TrainResult:
+        """End a set: scale its gradients, reduce them once, and step.
+
+        Args:
+            scale: estimated denominator / true one, see ``Counts.scale``; the same on all ranks.
+            lr: learning rate of this step; None follows the schedule.
+
+        Returns:
+            what all chunks did together.
+
+        Raises:
+            AccumulationError: no set is open.
+            ValueError: a scale that is no positive number.
+        """
+        return self.accumulator.apply(scale, lr)
+
+    def discard(self) -> None:
+        """Drop the open set, if there is one."""
+        self.accumulator.discard()
+
+    def finalize_gradients(self) -> None:
+        """Reduce what is in ``main_grad`` over ranks, as Megatron does at the end of its schedules."""
+        self._finalize(self.actor.wrapped)
+
+    def _require_no_set(self, what: str) -> None:
+        if self.accumulator.is_open:
+            raise AccumulationError(
+                f"{what} would empty the gradients of the set that is open: apply() or discard() it"
+            )
+
+    # ---------------------------------------------------------------- colocated mode
+
+    def offload(self, what: Sequence[Part] | None = None) -> OffloadReport:
+        """Make room on the device; see ``rl.training.offload``."""
+        self._require_no_set("offloading")
+        return self.offloader.offload(what)
+
+    def onload(self, what: Sequence[Part] | None = None) -> OffloadReport:
+        """Bring back what was offloaded."""
+        return self.offloader.onload(what)
+
+    # ---------------------------------------------------------------- between steps
 
     def reorder(self, homes: Mapping[int, Sequence[int]], *, limit_bytes: int = 256 * 2**20) -> MoveReport:
         """Move the actor's experts to new homes, with all that the optimizer knows of them; between steps.
@@ -394,7 +372,9 @@ class TrainWorker:
         """
         if self.balancer is None:
             raise ValueError("only balanced layers send tokens to experts that changed their homes: enable balancing")
-        self._empty_gradients()
+        self._require_no_set("moving experts")
+        self.offloader.require("moving experts", "weights", "gradients", "optimizer")
+        self.empty_gradients()
         if self._move_group is None:
             self._move_group = self._make_move_group()
         report = move_experts(self.actor.wrapped, self.optimizer, homes, self._move_group, limit_bytes=limit_bytes)
@@ -412,7 +392,8 @@ class TrainWorker:
             return None
         return rank_balance(self.balancer, self.actor.chunks, self.actor.arch.moe_layer_of())
 
-    def _empty_gradients(self) -> None:
+    def empty_gradients(self) -> None:
+        """Zeros in ``main_grad``."""
         for chunk in self.actor.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -426,6 +407,7 @@ class TrainWorker:
 
     def end_warmup(self) -> None:
         """Forget the optimizer's moments, go back to the schedule; the reference takes today's weights."""
+        self.offloader.require("the end of the warm-up", "weights", "gradients", "optimizer")
         reset_optimizer_state(self.optimizer)
         self.scheduler.step(increment=0)
         if self.reference is not None:
@@ -439,6 +421,7 @@ class TrainWorker:
 
     def export(self, bucket_bytes: int, dtype: torch.dtype) -> Iterator[dict[str, torch.Tensor]]:
         """This rank's share of the weights in Hugging Face names, in buckets on the CPU; a collective."""
+        self.offloader.require("exporting weights", "weights")
         compat.synchronize_parameters(self.actor.wrapped)
         bucket: dict[str, torch.Tensor] = {}
         size = 0

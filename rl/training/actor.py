@@ -1,0 +1,153 @@
+"""One Megatron rank of the trainer as a Ray actor: the calls that ``rl.training.group.Trainer`` makes."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from megatron_ultraep.layout import Pass
+from megatron_ultraep.megatron.migrate import MoveReport
+from rl.training.batch import MiniBatch
+from rl.training.engine_routes import RoutesOfEngines
+from rl.training.foresight import Homes, StagePlans
+from rl.training.objectives import Objective
+from rl.training.offload import MemoryReport, OffloadReport, Part
+from rl.training.passes import PassSettings, RouteMode, RouteReport
+from rl.training.results import AccumulateResult, TrainResult
+from rl.training.spec import TrainerSpec
+
+_BUCKET_BYTES = 64 << 20
+
+
+class TrainerActor:
+    """One rank's process. Heavy imports happen in its calls, so that all ranks import at the same time."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.worker: Any = None
+
+    def listen_address(self) -> str:
+        """``host:port`` for rank 0's store; the port was free a moment ago."""
+        host = ray.util.get_node_ip_address()
+        with socket.socket() as s:
+            s.bind((host, 0))
+            return f"{host}:{s.getsockname()[1]}"
+
+    def start(self, spec: TrainerSpec, world: int, address: str, backend: str, routes_s: float) -> dict[str, Any]:
+        """Join the group and build everything; returns what was built.
+
+        Args:
+            spec: what to build.
+            world: ranks of the trainer.
+            address: ``host:port`` of rank 0's store.
+            backend: ``"gloo"`` or ``"nccl"``.
+            routes_s: limit of fetching routes, in seconds.
+        """
+        import os
+
+        from rl.training import worker
+
+        started = time.perf_counter()
+        worker.initialize(self.rank, world, address, backend, spec.collective_s)
+        self.routes = RoutesOfEngines(routes_s)
+        self.worker = worker.TrainWorker(spec, self.routes)
+        arch = self.worker.actor.arch
+        return {
+            "pid": os.getpid(),
+            "coordinates": self.worker.groups.coordinates,
+            "seconds": time.perf_counter() - started,
+            "balance": self.worker.balance(),
+            "moe_layers": arch.moe_layers,
+            "experts": arch.experts,
+            "topk": arch.topk,
+        }
+
+    def connect(self, engines: list[Any]) -> None:
+        self.routes.engines = engines
+
+    def logprobs(
+        self,
+        part: MiniBatch,
+        model: str,
+        pass_: Pass,
+        step: int,
+        routes: RouteMode,
+        settings: PassSettings,
+        plans: StagePlans | None,
+        first_micro_batch: int,
+    ) -> tuple[dict[str, np.ndarray], RouteReport]:
+        return self.worker.logprobs(part, model, pass_, step, routes, settings, plans, first_micro_batch)
+
+    def train(
+        self, part: MiniBatch, step: int, objective: Objective, lr: float | None, plans: StagePlans | None
+    ) -> TrainResult:
+        return self.worker.train(part, step, objective, lr=lr, plans=plans)
+
+    def accumulate(
+        self, part: MiniBatch, step: int, objective: Objective, plans: StagePlans | None, first: bool
+    ) -> AccumulateResult:
+        return self.worker.accumulate(part, step, objective, plans=plans, first=first)
+
+    def apply(self, scale: float, lr: float | None) -> TrainResult:
+        return self.worker.apply(scale, lr=lr)
+
+    def discard(self) -> None:
+        self.worker.discard()
+
+    def offload(self, what: Sequence[Part] | None) -> OffloadReport:
+        return self.worker.offload(what)
+
+    def onload(self, what: Sequence[Part] | None) -> OffloadReport:
+        return self.worker.onload(what)
+
+    def memory(self) -> MemoryReport:
+        return self.worker.offloader.memory()
+
+    def reorder(self, homes: Homes) -> MoveReport:
+        return self.worker.reorder(homes)
+
+    def end_warmup(self) -> None:
+        self.worker.end_warmup()
+
+    def export(self, dtype: str) -> list[tuple[Any, dict[str, tuple[int, ...]]]]:
+        """This rank's weights in the object store: ``(reference to {name: tensor}, {name: shape})`` per bucket."""
+        buckets = self.worker.export(_BUCKET_BYTES, getattr(torch, dtype))
+        return [(ray.put(b), {n: tuple(t.shape) for n, t in b.items()}) for b in buckets]
+
+    def save(self, directory: str, optimizer: bool) -> None:
+        from rl.training import checkpoint
+
+        self.worker.offloader.require("saving a checkpoint", "weights", *(("optimizer",) if optimizer else ()))
+        checkpoint.save(self.worker, directory, optimizer=optimizer)
+
+    def load(self, directory: str, reference: str | None) -> None:
+        from rl.training import checkpoint
+
+        self.worker.offloader.require("loading a checkpoint", "weights", "gradients", "optimizer")
+        checkpoint.load(self.worker, directory)
+        if reference is not None and self.worker.reference is not None:
+            checkpoint.load_model(self.worker.reference, reference)
+
+    def save_reference(self, directory: str) -> None:
+        from rl.training import checkpoint
+
+        self.worker.offloader.require("saving the reference", "weights")
+        if self.worker.reference is not None:
+            checkpoint.save_model(self.worker.reference, directory)
+
+    def save_hf(self, source: str, target: str) -> None:
+        from rl.models.weights import save_hf
+
+        self.worker.offloader.require("saving weights", "weights")
+        save_hf(self.worker.actor, source, target)
+
+    def close(self) -> None:
+        """Write what is left of the load records."""
+        if self.worker is not None:
+            self.worker.close()
