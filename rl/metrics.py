@@ -25,7 +25,7 @@ from rl.files import json_line, read_json_lines, write_atomic, write_json_lines
 
 logger = logging.getLogger(__name__)
 
-SECTIONS = ("train", "rollout", "perf", "eval", "moe", "warmup")
+SECTIONS = ("train", "rollout", "perf", "eval", "moe", "stream", "warmup")
 
 # With balancing on, and of training's own passes only: the names of BALANCE_METRICS.
 METRICS = BALANCE_METRICS | {
@@ -53,10 +53,17 @@ METRICS = BALANCE_METRICS | {
     "moe/reorder/bytes": "Bytes that moved with them: weights, main parameters, moments.",
     "moe/reorder/seconds": "Seconds of choosing homes and moving.",
     "moe/compose/fewer_tokens": "Fraction of the busiest nodes' (or ranks') tokens that composing micro-batches took.",
+    "stream/staleness/mean": "Training steps that the weights of response tokens were old, mean over tokens.",
+    "stream/staleness/max": "The oldest token's; at most stream.staleness.",
+    "stream/mixed_versions_fraction": "Fraction of samples with tokens of more than one weight version.",
+    "stream/engine_idle_fraction": "Fraction of the iteration in which an engine held no sample, mean over engines.",
+    "stream/trainer_idle_fraction": "Fraction of the iteration in which trainer ranks had nothing to do.",
+    "stream/chunks": "Chunks in which the iteration's samples were trained on, with stream.pipelining.",
+    "stream/engines": "Engines that served, with stream.elastic.",
     "perf/step_time": "Seconds of one iteration.",
     "perf/tokens_per_second": "Tokens of the iteration's samples over its seconds.",
     "perf/time/<phase>": "Seconds of one phase: generate, reward, reorder, prepare, old_logprob, train, "
-    "weight_update, evaluate, checkpoint.",
+    "export, weight_update, evaluate, checkpoint.",
     "eval/accuracy": "Fraction of held-out prompts answered correctly.",
     "eval/reward/mean": "Mean reward on held-out prompts.",
     "eval/response_length/mean": "Mean response length on held-out prompts, tokens.",

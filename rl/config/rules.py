@@ -401,7 +401,7 @@ def _routes(config: RunConfig) -> Iterator[Violation]:
 
 def _importance(config: RunConfig) -> Iterator[Violation]:
     algorithm = config.algorithm
-    if algorithm.importance.truncation is not None and algorithm.old_logprobs == "rollout":
+    if isinstance(algorithm.importance.truncation, float) and algorithm.old_logprobs == "rollout":
         yield Violation(
             "algorithm.importance.truncation",
             "it weighs recomputed old log-probs against rollout's, and algorithm.old_logprobs is rollout; "
@@ -409,6 +409,77 @@ def _importance(config: RunConfig) -> Iterator[Violation]:
             f"came {algorithm.importance.truncation}; set `old_logprobs: recompute` or truncation to null.",
             ("algorithm.old_logprobs",),
         )
+
+
+def _stream(config: RunConfig) -> Iterator[Violation]:
+    stream, algorithm = config.stream, config.algorithm
+    if stream.pipelining and algorithm.epochs_per_batch > 1:
+        yield Violation(
+            "algorithm.epochs_per_batch",
+            f"expected 1 with stream.pipelining, whose samples are trained on as they arrive, came "
+            f"{algorithm.epochs_per_batch}; set it to 1, or pipelining to false.",
+            ("stream.pipelining",),
+        )
+    if stream.pipelining and algorithm.mini_batches > 1 and algorithm.old_logprobs == "recompute":
+        yield Violation(
+            "algorithm.old_logprobs",
+            "with stream.pipelining the weights before the iteration are gone when later mini-batches arrive; set "
+            f"old_logprobs: rollout, or mini_batches (came {algorithm.mini_batches}) to 1.",
+            ("stream.pipelining", "algorithm.mini_batches"),
+        )
+    if stream.pipelining and algorithm.mini_batches > config.data.prompts_per_step:
+        yield Violation(
+            "algorithm.mini_batches",
+            f"with stream.pipelining mini-batches are cut by prompts: expected at most data.prompts_per_step = "
+            f"{config.data.prompts_per_step}, came {algorithm.mini_batches}.",
+            ("stream.pipelining", "data.prompts_per_step"),
+        )
+    if stream.overlapped and config.balance.reorder and config.balance.reorder_by == "coming":
+        yield Violation(
+            "balance.reorder_by",
+            "homes by the coming batch need all its routes before training begins; set reorder_by: previous (the last "
+            "complete step) with stream.pipelining or stream.staleness.",
+            ("stream.pipelining", "stream.staleness"),
+        )
+    if stream.colocated and stream.overlapped:
+        yield Violation(
+            "stream.colocated",
+            "engines and trainer that share GPUs take turns, so nothing overlaps; set staleness: 0 and pipelining: "
+            "false, or colocated: false.",
+            ("stream.pipelining", "stream.staleness"),
+        )
+    if stream.colocated and config.rollout.device == "cuda" and config.rollout.engines != config.trainer.ranks:
+        yield Violation(
+            "rollout.engines",
+            f"colocated engines and trainer ranks are one pair on each GPU: expected trainer.ranks = "
+            f"{config.trainer.ranks} engines, came {config.rollout.engines}.",
+            ("stream.colocated", "trainer.ranks"),
+        )
+    if stream.dispatch in ("longest_first", "skew_aware") and stream.predictor == "none":
+        yield Violation(
+            "stream.predictor",
+            f"dispatch: {stream.dispatch} goes by predicted lengths; choose features, history or ranker.",
+            ("stream.dispatch",),
+        )
+    if stream.dispatch == "skew_aware" and stream.latency_profile is None:
+        yield Violation(
+            "stream.latency_profile",
+            "dispatch: skew_aware chooses how many engines take the long groups by measured latencies; make the file "
+            "with scripts/measure_latency.py, or use longest_first.",
+            ("stream.dispatch",),
+        )
+    most = stream.elastic.max_engines
+    if most is not None and most < config.rollout.engines:
+        yield Violation(
+            "stream.elastic.max_engines",
+            f"expected at least rollout.engines = {config.rollout.engines}, came {most}; raise it or set it to null.",
+            ("rollout.engines",),
+        )
+    if most is not None and stream.colocated:
+        yield Violation(
+            "stream.elastic.max_engines", "colocated engines are one for each trainer rank; set it to null.",
+            ("stream.colocated",),
+        )  # fmt: skip
 
 
 def _warmup(config: RunConfig) -> Iterator[Violation]:
@@ -473,6 +544,7 @@ RULES: tuple[Rule, ...] = (
     _batches,
     _routes,
     _importance,
+    _stream,
     _warmup,
     _evaluation,
 )

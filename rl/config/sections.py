@@ -116,6 +116,9 @@ class SamplingSection(Section):
     top_k: int = Field(0, ge=0, description="Number of likeliest tokens kept; only 0 (off) is supported.")
     max_tokens: int = Field(256, ge=1, description="Longest response in tokens.")
     stop: Texts = Field((), description="Texts that end a response besides the end-of-sequence token.")
+    ignore_eos: bool = Field(
+        False, description="Benchmarks: go on past the end-of-sequence token; the reward sees the text before it."
+    )
 
 
 class RolloutSection(Section):
@@ -252,8 +255,10 @@ class KLSection(Section):
 class ImportanceSection(Section):
     """Correction of the mismatch between the rollout's and the trainer's log-probs."""
 
-    truncation: float | None = Field(
-        None, gt=0, description="Cap of exp(recomputed old - rollout log-prob) as a weight; null: no correction."
+    truncation: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        "auto",
+        description="Cap of exp(recomputed old - rollout log-prob) as a weight; null: no correction; auto: 2 where "
+        "samples may be stale (`stream.staleness` > 0) and old log-probs are recomputed, else none.",
     )
 
 
@@ -290,6 +295,72 @@ class AlgorithmSection(Section):
     )
     routes: RoutesSection = Field(default_factory=RoutesSection, description="Which routes each pass uses.")
     zero_advantages: bool = Field(False, description="Set all advantages to 0: the control experiment.")
+
+
+class ElasticSection(Section):
+    """Engines that come and go between steps."""
+
+    max_engines: int | None = Field(
+        None, ge=1, description="Most engines; more than `rollout.engines` are added while generation lags, and given "
+        "back when it does not; null: as many as there are, always.",
+    )  # fmt: skip
+    horizon: int = Field(
+        20, ge=1, description="Iterations within which an added engine must have saved more than its start costs."
+    )
+
+
+class StreamSection(Section):
+    """How generation and training overlap (StreamRL); the defaults are the plain synchronous loop."""
+
+    staleness: int = Field(
+        0,
+        ge=0,
+        description="Training steps that samples may be old: 0 synchronous, 1 one-step asynchronous, n. From 1 on the "
+        "next batches are generated while this one trains, and weights travel beside both.",
+    )
+    pipelining: bool = Field(
+        False,
+        description="Train on groups as they arrive; the optimizer still steps once per mini-batch, with the same "
+        "gradient. Mini-batches are then cut by the order of prompts.",
+    )
+    chunk_tokens: int = Field(
+        0, ge=0, description="Tokens that must have arrived before a chunk trains; 0: as many as fill one micro-batch "
+        "on every data-parallel rank (times pipeline stages).",
+    )  # fmt: skip
+    buffer_groups: int = Field(
+        0, ge=0, description="Finished groups of a batch that may wait for the trainer before engines get no more of "
+        "it; 0: no limit but the batch.",
+    )  # fmt: skip
+    in_flight: Literal["finish", "continue"] = Field(
+        "finish",
+        description="Samples that run when new weights come: finish on the old ones, engine by engine; or go on under "
+        "the new ones, tokens kept, each token with its version.",
+    )
+    dispatch: Literal["fcfs", "random", "longest_first", "skew_aware"] = Field(
+        "fcfs", description="Which group goes to which engine; the last two need a `predictor`."
+    )
+    long_fraction: float = Field(
+        0.2, gt=0, lt=1, description="Share of a batch that `skew_aware` isolates: the longest predicted."
+    )
+    predictor: Literal["none", "features", "history", "ranker"] = Field(
+        "none", description="How response lengths are predicted, learnt while the run goes."
+    )
+    latency_profile: ConfigPath | None = Field(
+        None, description="Measured latency of one engine, a file of scripts/measure_latency.py; `skew_aware` needs it."
+    )
+    max_restarts: int = Field(3, ge=0, description="Engines that may die and be replaced during a run.")
+    colocated: bool = Field(
+        False,
+        description="Engines and trainer ranks share GPUs in turns: engines sleep while the trainer works, and it "
+        "leaves the GPU while they generate.",
+    )
+    elastic: ElasticSection = Field(default_factory=ElasticSection, description=ElasticSection.__doc__)
+    timeline: bool = Field(True, description="Write `timeline.json`, a Chrome trace, to the run directory.")
+
+    @property
+    def overlapped(self) -> bool:
+        """Whether training begins before its batch is complete, or generation before training has ended."""
+        return self.pipelining or self.staleness > 0
 
 
 class WarmupSection(Section):
@@ -377,6 +448,7 @@ class RunConfig(Section):
     rollout: RolloutSection = Field(default_factory=RolloutSection, description=RolloutSection.__doc__)
     trainer: TrainerSection = Field(default_factory=TrainerSection, description=TrainerSection.__doc__)
     balance: BalanceSection = Field(default_factory=BalanceSection, description=BalanceSection.__doc__)
+    stream: StreamSection = Field(default_factory=StreamSection, description=StreamSection.__doc__)
     algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection, description=AlgorithmSection.__doc__)
     warmup: WarmupSection = Field(default_factory=WarmupSection, description=WarmupSection.__doc__)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description=EvaluationSection.__doc__)
@@ -409,6 +481,14 @@ class RunConfig(Section):
     def longest_sample(self) -> int:
         """Tokens of the longest possible sample, prompt and response together."""
         return self.data.max_prompt_tokens + self.sampling.max_tokens
+
+    @property
+    def importance_cap(self) -> float | None:
+        """Cap of the importance weights between rollout and training, None for no weights."""
+        truncation = self.algorithm.importance.truncation
+        if truncation != "auto":
+            return truncation
+        return 2.0 if self.stream.staleness and self.algorithm.old_logprobs == "recompute" else None
 
     @property
     def keeps_reference(self) -> bool:

@@ -282,6 +282,10 @@ class Passes:
         replay_old, replay_train: whether the pass for old log-probs, and training, replay routes.
         recompute_old: whether there is a pass for old log-probs.
         moved: what reordering did before.
+
+    Attributes:
+        taken: what is kept of the passes that were handed out.
+        waited: seconds that were waited for them.
     """
 
     def __init__(
@@ -297,8 +301,8 @@ class Passes:
     ) -> None:
         self.batches, self.moved = list(batches), moved
         self._ahead, self._samples, self._replay = ahead, list(samples), replay_train
-        self._waited = 0.0
-        self._taken: list[_Taken] = []
+        self.waited = 0.0
+        self.taken: list[Taken] = []
         self._old: Future[Pass] | None = None
         if recompute_old:
             self._old = ahead.thread.submit(ahead.prepare, self._samples, foresee=replay_old, composed=False)
@@ -331,49 +335,62 @@ class Passes:
                 f"a pass was not prepared within {self._ahead.timeout_s:g} s: raise run.limits.train_step_s, or set "
                 "balance.foresight to false"
             ) from error
-        self._waited += time.perf_counter() - started
-        self._taken.append(_Taken.of(found))
+        self.waited += time.perf_counter() - started
+        self.taken.append(Taken.of(found))
         return found
 
-    def metrics(self) -> dict[str, float]:
-        """Of the passes taken so far; empty without balancing."""
-        section = self._ahead.section
-        if not self._ahead.active:
-            return {}
-        found: dict[str, float] = {}
-        if section.foresight:
-            total = sum(taken.micro_batches for taken in self._taken)
-            planned = sum(taken.micro_batches for taken in self._taken if taken.digest)
-            found["moe/foresight/planned_fraction"] = planned / max(1, total)
-            found["moe/foresight/wait_seconds"] = self._waited
-        if section.reorder:
-            report = self.moved.report
-            found["moe/reorder/experts_moved"] = float(report.experts if report else 0)
-            found["moe/reorder/bytes"] = float(report.bytes if report else 0)
-            found["moe/reorder/seconds"] = self.moved.seconds
-        gains = [taken.gain for taken in self._taken if taken.gain is not None]
-        if gains:
-            before = sum(each.before.tokens for each in gains)
-            after = sum(each.after.tokens for each in gains)
-            found["moe/compose/fewer_tokens"] = 1 - after / before if before else 0.0
-        return found
+    @property
+    def section(self) -> BalanceSection | None:
+        """What is wanted; None where nothing is balanced."""
+        return self._ahead.section if self._ahead.active else None
 
-    def for_ledger(self) -> dict[str, Any]:
-        """Digests of the plans, where experts are, and which homes changed; JSON values."""
-        section = self._ahead.section
-        found: dict[str, Any] = {}
-        if not self._ahead.active:
-            return found
-        if section.foresight:
-            found["plans"] = [taken.digest for taken in self._taken]
-        if section.reorder:
-            found["homes"] = self._ahead.homes_digest
-            found["rehomed"] = {str(number): list(home_slot) for number, home_slot in self.moved.homes.items()}
+    @property
+    def homes_digest(self) -> str:
+        """See :attr:`Ahead.homes_digest`."""
+        return self._ahead.homes_digest
+
+
+def merged_metrics(passes: Sequence[Passes]) -> dict[str, float]:
+    """Of everything an iteration's passes took so far; empty without balancing."""
+    section = passes[0].section if passes else None
+    if section is None:
+        return {}
+    taken = [each for some in passes for each in some.taken]
+    found: dict[str, float] = {}
+    if section.foresight:
+        total = sum(each.micro_batches for each in taken)
+        planned = sum(each.micro_batches for each in taken if each.digest)
+        found["moe/foresight/planned_fraction"] = planned / max(1, total)
+        found["moe/foresight/wait_seconds"] = sum(some.waited for some in passes)
+    if section.reorder:
+        moved = passes[0].moved  # what was done before the iteration is the same for all
+        found["moe/reorder/experts_moved"] = float(moved.report.experts if moved.report else 0)
+        found["moe/reorder/bytes"] = float(moved.report.bytes if moved.report else 0)
+        found["moe/reorder/seconds"] = moved.seconds
+    gains = [each.gain for each in taken if each.gain is not None]
+    if gains:
+        before = sum(each.before.tokens for each in gains)
+        after = sum(each.after.tokens for each in gains)
+        found["moe/compose/fewer_tokens"] = 1 - after / before if before else 0.0
+    return found
+
+
+def merged_for_ledger(passes: Sequence[Passes]) -> dict[str, Any]:
+    """Digests of an iteration's plans, where experts are, and which homes changed; JSON values."""
+    section = passes[0].section if passes else None
+    found: dict[str, Any] = {}
+    if section is None:
         return found
+    if section.foresight:
+        found["plans"] = [each.digest for some in passes for each in some.taken]
+    if section.reorder:
+        found["homes"] = passes[0].homes_digest
+        found["rehomed"] = {str(number): list(home_slot) for number, home_slot in passes[0].moved.homes.items()}
+    return found
 
 
 @dataclass(frozen=True)
-class _Taken:
+class Taken:
     """What is kept of a pass that was handed out."""
 
     micro_batches: int
@@ -381,8 +398,8 @@ class _Taken:
     gain: Gain | None
 
     @staticmethod
-    def of(found: Pass) -> _Taken:
-        return _Taken(found.layout.num_microbatches, found.plans.digest if found.plans else None, found.gain)
+    def of(found: Pass) -> Taken:
+        return Taken(found.layout.num_microbatches, found.plans.digest if found.plans else None, found.gain)
 
 
 def _have_routes(samples: Sequence[TrainSample]) -> bool:

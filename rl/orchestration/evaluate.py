@@ -20,7 +20,8 @@ def evaluate(run: Run) -> EvalResult | None:
         sampling = run.sampling
         if run.config.evaluation.greedy:
             sampling = Sampling(sampling.max_tokens, temperature=0.0, stop_token_ids=sampling.stop_token_ids)
-        samples = run.reward.score(generate(run.pool, prompts, 1, sampling, run.config.run.seed))
+        run.updated()
+        samples = run.reward.score(generate(run.service, prompts, 1, sampling, run.config.run.seed))
     write_eval(run.directory, run.step, samples)
     result = summarize(run.step, [s.reward for s in samples], run.config.evaluation.correct_from)
     lengths = [len(s.response_tokens) for s in samples]

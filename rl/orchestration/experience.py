@@ -14,7 +14,7 @@ from rl.algorithms.advantages import AdvantageConfig, AdvantageInput, get_advant
 from rl.algorithms.losses import kl
 from rl.config import RunConfig
 from rl.rollout.config import Sampling
-from rl.rollout.pool import EnginePool
+from rl.rollout.service import GenerationService
 from rl.rollout.validation import RefusedSample
 from rl.training.batch import MiniBatch, TrainSample
 from rl.types import Prompt, Sample
@@ -25,7 +25,7 @@ class RefusedSamples(RuntimeError):
 
 
 def generate(
-    pool: EnginePool, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, seed: int
+    service: GenerationService, prompts: Sequence[Prompt], samples_per_prompt: int, sampling: Sampling, seed: int
 ) -> list[Sample]:
     """All samples of all prompts, in the order of prompts; a prompt's samples are neighbours.
 
@@ -34,18 +34,24 @@ def generate(
     """
     groups: dict[str, list[Sample]] = {}
     refused: list[RefusedSample] = []
-    for group in pool.generate(prompts, samples_per_prompt, sampling, seed):
-        for sample in group:
-            if isinstance(sample, RefusedSample):
-                refused.append(sample)
-            else:
-                groups.setdefault(sample.prompt.uid, []).append(sample)
+    with service.generate(prompts, samples_per_prompt, sampling, seed) as stream:
+        for group in stream:
+            for sample in group:
+                if isinstance(sample, RefusedSample):
+                    refused.append(sample)
+                else:
+                    groups.setdefault(sample.prompt.uid, []).append(sample)
     if refused:
-        shown = "; ".join(f"{r.sample_id}: {r.reason}" for r in refused[:3])
-        raise RefusedSamples(
-            f"{len(refused)} samples were refused after every regeneration (rollout.max_regenerations), first: {shown}"
-        )
+        raise refuse(refused)
     return [sample for prompt in prompts for sample in groups[prompt.uid]]
+
+
+def refuse(refused: Sequence[RefusedSample]) -> RefusedSamples:
+    """The error that names refused samples."""
+    shown = "; ".join(f"{r.sample_id}: {r.reason}" for r in refused[:3])
+    return RefusedSamples(
+        f"{len(refused)} samples were refused after every regeneration (rollout.max_regenerations), first: {shown}"
+    )
 
 
 def rewarded(samples: Sequence[Sample]) -> list[Sample]:

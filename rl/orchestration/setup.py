@@ -8,14 +8,13 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_ultraep.megatron.groups import ParallelLayout
 from rl import placement, versions
 from rl.algorithms.losses import PolicyLossConfig
 from rl.config import ConfigError, RunConfig, SourceSection, Violation, to_dict
@@ -26,21 +25,29 @@ from rl.evaluation import drop_evals_after
 from rl.ledger import Ledger
 from rl.metrics import MetricLogger
 from rl.models.architecture import Architecture, read_architecture
-from rl.models.builder import Recompute
+from rl.orchestration.actors import start_actors, start_service
 from rl.orchestration.ahead import Ahead
 from rl.orchestration.experience import Packing
+from rl.orchestration.feed import Feed
 from rl.orchestration.ray_instance import ray_instance
+from rl.orchestration.staleness import StalenessAccountant
 from rl.progress import Progress
 from rl.rewards.loading import load_reward
 from rl.rewards.runner import RewardRunner
-from rl.rollout.config import EngineConfig, Sampling
+from rl.rollout.config import Sampling
 from rl.rollout.pool import EnginePool
+from rl.rollout.service import GenerationService, UpdateReport
+from rl.rollout.streams import GroupStream
+from rl.timeline import TRAINER, TRANSFER, Timeline
 from rl.training import checkpoint
-from rl.training.group import Trainer, TrainerDied, TrainerLimits
+from rl.training.group import Trainer, TrainerDied
 from rl.training.passes import PassSettings
-from rl.training.worker import OptimizerSpec, TrainerSpec
+from rl.types import Prompt
 
 logger = logging.getLogger(__name__)
+
+# Phases in which trainer ranks work; in the others they wait.
+TRAINER_PHASES = frozenset({"old_logprob", "reference", "train", "compare_own_routes", "reorder", "export", "offload"})
 
 
 @dataclass
@@ -61,6 +68,11 @@ class Run:
         step: completed iterations.
         cursor: next prompt to take.
         ahead: plans iterations before they run, and knows where experts are.
+        service: generates with the engines of ``pool``.
+        timeline: what everybody did when.
+        updating: the newest weight update, until somebody waited for it.
+        ahead_of_training: batches start as soon as weights allow; not before the loop begins.
+        transfer_seconds: that the last update took, from when it was sent to when the last engine had it.
         version: weight version of the engines.
         whole: whether the trainer's state is that of ``step``: False from the moment an iteration begins to train.
         saved_step: newest checkpoint, -1 when there is none.
@@ -71,6 +83,8 @@ class Run:
     data: Data
     reward: RewardRunner
     pool: EnginePool
+    service: GenerationService
+    timeline: Timeline
     trainer: Trainer
     ledger: Ledger
     metrics: MetricLogger
@@ -83,6 +97,10 @@ class Run:
     whole: bool = True
     saved_step: int = -1
     seconds: dict[str, float] = field(default_factory=dict)
+    updating: Future[None] | None = None
+    ahead_of_training: bool = False
+    transfer_seconds: float = 0.0
+    _feed: Feed | None = None
 
     @property
     def directory(self) -> Path:
@@ -92,7 +110,12 @@ class Run:
     def sampling(self) -> Sampling:
         """How training responses are drawn."""
         s = self.config.sampling
-        return Sampling(max_tokens=s.max_tokens, temperature=s.temperature, stop_token_ids=self.stop_token_ids)
+        return Sampling(
+            max_tokens=s.max_tokens,
+            temperature=s.temperature,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=s.ignore_eos,
+        )
 
     stop_token_ids: tuple[int, ...] = ()
 
@@ -106,7 +129,7 @@ class Run:
             kl_coef=a.kl.coef if a.kl.apply_in == "loss" else 0.0,
             kl_estimator=a.kl.estimator,
             entropy_coef=a.entropy_coef,
-            importance_cap=a.importance.truncation,
+            importance_cap=self.config.importance_cap,
         )
 
     def settings(self, *, with_entropy: bool = False) -> PassSettings:
@@ -133,11 +156,14 @@ class Run:
     def phase(self, name: str) -> Iterator[None]:
         """Time a part of an iteration and show it."""
         self.progress.phase(name)
-        started = time.perf_counter()
+        began, started = time.time(), time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            if name in TRAINER_PHASES:
+                self.timeline.span(TRAINER, name, began, began + seconds, {"step": self.step + 1})
 
     def say(self, text: str) -> None:
         """A line for whoever watches, above the bar if there is one."""
@@ -156,15 +182,89 @@ class Run:
             "version": self.version,
             "optimizer_steps": self.trainer.steps,
             "experts": self.ahead.to_json(),
+            "predictor": self.service.predictor.to_json() if self.service.predictor is not None else None,
         }
         checkpoint.publish(partial, state, keep=self.config.checkpoint.keep)
         self.saved_step = self.step
 
+    @property
+    def feed(self) -> Feed:
+        """Batches under way; begins with the next prompt when it is first asked for."""
+        if self._feed is None:
+            config = self.config
+            self._feed = Feed(
+                self.data.train,
+                self.cursor,
+                size=config.data.prompts_per_step,
+                total=min(self.prompts_left(), (self.total_steps() - self.step) * config.data.prompts_per_step),
+                generate=self._generate,
+                reward=self.reward,
+                accountant=StalenessAccountant(config.stream.staleness, self.step),
+                limit_s=config.run.limits.generate_s,
+            )
+        return self._feed
+
+    def _generate(self, prompts: Sequence[Prompt]) -> GroupStream:
+        config = self.config
+        return self.service.generate(
+            prompts,
+            config.data.samples_per_prompt,
+            self.sampling,
+            config.run.seed,
+            buffer_groups=config.stream.buffer_groups or None,
+        )
+
     def update_engines(self) -> None:
-        """The trainer's weights into all engines, as the next version."""
-        chunks, manifest = self.trainer.export(self.config.engine_dtype)
+        """The trainer's weights into all engines, as the next version.
+
+        Synchronous runs wait until every engine has them. Others go on: batches that these weights allow start when
+        they have arrived, and what went wrong is raised by :meth:`check_updates`.
+        """
+        self.check_updates()
+        with self.phase("export"):
+            chunks, manifest = self.trainer.export(self.config.engine_dtype)
         self.version += 1
-        self.pool.update_weights(self.version, chunks, manifest)
+        version, steps, feed, began = self.version, self.step, self.feed, time.time()
+        feed.announce(version, steps)
+        arrived: Future[None] = Future()
+
+        def resolve(update: Future[UpdateReport]) -> None:
+            try:
+                report = update.result()
+                self.timeline.span(TRANSFER, f"weights of step {steps}", began, time.time(), {"version": version})
+                feed.delivered(version, steps)
+                if self.ahead_of_training:
+                    feed.admit()
+                arrived.set_result(None)
+                self.transfer_seconds = report.seconds
+            except BaseException as error:
+                arrived.set_exception(error)
+
+        self.service.update(version, chunks, manifest, self.config.stream.in_flight).add_done_callback(resolve)
+        self.updating = arrived
+        if not self.config.stream.staleness:
+            self.updated()
+
+    def check_updates(self) -> None:
+        """Raise what the last update met, if it has ended."""
+        if self.updating is not None and self.updating.done():
+            self.updated()
+
+    def updated(self) -> None:
+        """Wait until all engines have the newest weights that were sent.
+
+        Raises:
+            EngineTimeout, TornWeights, WeightMismatch: see ``GenerationService.update``.
+        """
+        updating, self.updating = self.updating, None
+        if updating is not None:
+            limits = self.config.run.limits
+            updating.result(limits.weight_update_s + limits.generate_s)
+
+    def close_feed(self) -> None:
+        """Abort what is generated ahead."""
+        if self._feed is not None:
+            self._feed.close()
 
 
 # ------------------------------------------------------------------ opening and closing
@@ -225,7 +325,9 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
         )
         stack.enter_context(_terminate_as_interrupt())
         started = time.perf_counter()
-        pool, trainer = _start_actors(config, stack)
+        pool, trainer = start_actors(config, stack)
+        timeline = Timeline(config.output_dir / "timeline.json" if config.stream.timeline else None)
+        service = start_service(config, pool, timeline, stack)
         packing = Packing(trainer.spec.layout, config.trainer.tokens_per_micro_batch)
         ahead = stack.enter_context(Ahead.of_run(config, arch.topk, pool, trainer, packing))
         run = Run(
@@ -234,6 +336,8 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
             data=data,
             reward=reward,
             pool=pool,
+            service=service,
+            timeline=timeline,
             trainer=trainer,
             ledger=ledger,
             metrics=metrics,
@@ -242,6 +346,7 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
             ahead=ahead,
             stop_token_ids=_stop_token_ids(config, tokenizer),
         )
+        stack.callback(run.close_feed)
         engines, ranks = config.rollout.engines, config.trainer.ranks
         run.say(f"{engines} engine(s) and {ranks} trainer rank(s) up in {time.perf_counter() - started:.0f} s")
         if state is not None and newest is not None:
@@ -360,14 +465,6 @@ def _stop_token_ids(config: RunConfig, tokenizer: Any) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def parallel_layout(config: RunConfig) -> ParallelLayout:
-    """The trainer's layout."""
-    p = config.trainer.parallel
-    return ParallelLayout(
-        world=config.trainer.ranks, tp=p.tp, pp=p.pp, vpp=p.vpp if p.vpp > 1 else None, ep=p.ep, etp=p.etp, cp=p.cp
-    )
-
-
 def _check_against_model(config: RunConfig, arch: Architecture) -> None:
     """What only the model can show to be wrong, all at once."""
     p, violations = config.trainer.parallel, []
@@ -415,84 +512,6 @@ def _open_ledger(config: RunConfig, resume: Path | None, data: Data, step: int) 
     return Ledger.create(config.output_dir, seeds={"run": config.run.seed}, **common)
 
 
-def _start_actors(config: RunConfig, stack: contextlib.ExitStack) -> tuple[EnginePool, Trainer]:
-    """Engines and trainer ranks come up side by side; when one fails, the other is ended."""
-
-    def start_pool() -> EnginePool:
-        pool = EnginePool(_engine_config(config), config.rollout.engines)
-        stack.callback(pool.stop)
-        return pool
-
-    def start_trainer() -> Trainer:
-        limits = config.run.limits
-        trainer = Trainer(
-            _trainer_spec(config),
-            backend=config.trainer.backend,
-            limits=TrainerLimits(limits.actor_start_s, limits.train_step_s, limits.checkpoint_s, limits.generate_s),
-        )
-        stack.callback(trainer.stop)
-        return trainer
-
-    with ThreadPoolExecutor(2) as threads:
-        starting_pool, starting_trainer = threads.submit(start_pool), threads.submit(start_trainer)
-        pool, trainer = starting_pool.result(), starting_trainer.result()
-    trainer.connect(pool.handles)
-    return pool, trainer
-
-
-def _engine_config(config: RunConfig) -> EngineConfig:
-    r, limits = config.rollout, config.run.limits
-    return EngineConfig(
-        model_path=str(config.model.path.absolute()),
-        dtype=config.engine_dtype,
-        device=r.device,
-        max_model_len=r.max_model_len,
-        max_num_seqs=r.max_num_seqs,
-        kv_cache_memory_bytes=int(r.kv_cache_gib * (1 << 30)),
-        block_size=r.block_size,
-        tensor_parallel=r.tensor_parallel,
-        seed=config.run.seed,
-        capture_routes=r.capture_routes,
-        max_regenerations=r.max_regenerations,
-        start_timeout_s=limits.engine_start_s,
-        generate_timeout_s=limits.generate_s,
-        update_timeout_s=limits.weight_update_s,
-        allow_untested=config.allow_untested,
-    )
-
-
-def _trainer_spec(config: RunConfig) -> TrainerSpec:
-    t = config.trainer
-    o = t.optimizer
-    return TrainerSpec(
-        model_path=str(config.model.path.absolute()),
-        layout=parallel_layout(config),
-        dtype=config.model.dtype,
-        recompute=Recompute(t.recompute, t.recompute_modules),
-        distributed_optimizer=t.distributed_optimizer,
-        optimizer=OptimizerSpec(
-            lr=o.lr,
-            min_lr=o.min_lr,
-            warmup_steps=o.warmup_steps,
-            decay_steps=o.decay_steps or 0,
-            schedule=o.schedule,
-            betas=o.betas,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
-            clip_grad=o.clip_grad,
-        ),
-        reference=config.keeps_reference,
-        seed=config.run.seed,
-        collective_s=config.run.limits.collective_s,
-        balance=(
-            config.balance.settings(config.output_dir, allow_untested=config.allow_untested)
-            if config.balance.enabled
-            else None
-        ),
-        reorder=config.balance.enabled and config.balance.reorder,
-    )
-
-
 def _restore(run: Run, newest: Path, state: dict[str, Any]) -> None:
     reference = run.directory / "checkpoints" / "reference"
     run.trainer.load(newest, reference if run.config.keeps_reference else None)
@@ -501,4 +520,7 @@ def _restore(run: Run, newest: Path, state: dict[str, Any]) -> None:
     run.cursor = Cursor.from_json(state["cursor"])
     run.version = state["version"]
     run.ahead.restore(state.get("experts", {}), run.trainer.reorder)
+    if run.service.predictor is not None and state.get("predictor") is not None:
+        run.service.predictor.restore(state["predictor"])
     run.update_engines()
+    run.updated()

@@ -15,7 +15,7 @@ import ray
 from megatron_ultraep.replay import RoutingTrace, TraceSample
 from megatron_ultraep.telemetry.metrics import merge_groups
 from rl.ledger import StepRecord
-from rl.orchestration.ahead import Moved, Pass, Passes
+from rl.orchestration.ahead import Moved, Pass, Passes, merged_for_ledger, merged_metrics
 from rl.orchestration.setup import Run
 from rl.training.batch import MiniBatch, TrainSample
 from rl.training.group import StepOutcome
@@ -74,8 +74,8 @@ def prepare(run: Run, samples: Sequence[TrainSample], moved: Moved) -> Passes:
         run.ahead,
         samples,
         batches,
-        replay_old=_mode(run, algorithm.routes.old_logprob) == "replay",
-        replay_train=_mode(run, algorithm.routes.train) == "replay",
+        replay_old=mode_of(run, algorithm.routes.old_logprob) == "replay",
+        replay_train=mode_of(run, algorithm.routes.train) == "replay",
         recompute_old=algorithm.old_logprobs == "recompute",
         moved=moved,
     )
@@ -95,26 +95,28 @@ def schedule(run: Run, count: int) -> list[np.ndarray]:
 
 
 def old_and_reference(
-    run: Run, samples: Sequence[TrainSample], passes: Passes
+    run: Run, samples: Sequence[TrainSample], passes: Passes, offset: int = 0
 ) -> tuple[LogProbs | None, LogProbs | None, dict[str, float]]:
     """Log-probs under the weights before this iteration's updates, and under the reference; None where not needed.
 
     With them, how many rows those weights would have routed otherwise than rollout did, if routes were replayed.
+    ``offset`` micro-batches of these passes ran before, on other samples of the iteration.
     """
     algorithm = run.config.algorithm
     old = reference = None
     metrics: dict[str, float] = {}
     batch = run.packing.mini_batch(samples)
     if algorithm.old_logprobs == "recompute":
-        planned = _wait(run, passes.old)
+        planned = wait_for(run, passes.old)
         with run.phase("old_logprob"):
             old, report = run.trainer.logprobs(
                 MiniBatch.make(samples, planned.layout),
                 "actor",
                 "old_logprob",
-                routes=_mode(run, algorithm.routes.old_logprob),
+                routes=mode_of(run, algorithm.routes.old_logprob),
                 settings=run.settings(),
                 plans=planned.plans,
+                first_micro_batch=offset,
             )
         if report.rows:
             metrics["moe/own_routes_differ_fraction"] = report.differing / report.rows
@@ -124,8 +126,9 @@ def old_and_reference(
                 batch,
                 "reference",
                 "old_logprob",
-                routes=_mode(run, algorithm.routes.reference),
+                routes=mode_of(run, algorithm.routes.reference),
                 settings=run.settings(),
+                first_micro_batch=offset,
             )
     return old, reference, metrics
 
@@ -155,44 +158,59 @@ def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample], 
         RouteMismatch: see there.
     """
     algorithm = run.config.algorithm
-    mode = _mode(run, algorithm.routes.train)
+    mode = mode_of(run, algorithm.routes.train)
     objective = PolicyObjective(run.policy_loss, run.settings(with_entropy=True), mode)
-    trained, sums, tokens = Trained(), {}, 0
-    losses, norms, lrs, balance = [], [], [], []
-    first: StepOutcome | None = None
+    tally = Tally()
     for number, chosen in enumerate(passes.batches):
-        planned = _wait(run, partial(passes.training, number))
+        planned = wait_for(run, partial(passes.training, number))
         batch = MiniBatch.make([samples[i] for i in chosen], planned.layout)
         outcome = run.trainer.train(batch, objective, plans=planned.plans)
         if mode == "replay":
-            _check_digests(captured, outcome.digests)
-        for name, value in outcome.sums.items():
-            sums[name] = sums.get(name, 0.0) + value
-        first = first or outcome
-        balance.append(outcome.balance)
-        tokens += outcome.tokens
-        losses.append(outcome.loss)
-        norms.append(outcome.grad_norm)
-        lrs.append(outcome.lr)
-    trained.optimizer_steps = len(losses)
-    trained.metrics = {f"train/{name}": value / max(1, tokens) for name, value in sums.items()}
-    if algorithm.old_logprobs == "rollout" and first is not None:
-        # Later mini-batches are under other weights than the samples: only the first shows the engines' mismatch.
-        difference = first.sums.get("rollout_logprob_abs_diff", 0.0)
-        trained.metrics["train/rollout_logprob_abs_diff"] = difference / max(1, first.tokens)
-        if first.route_rows:
-            trained.metrics["moe/own_routes_differ_fraction"] = first.differing / first.route_rows
-    balanced = merge_groups([part for part in balance if part])
-    balanced.pop("moe/max_vio", None)  # the one of rollout's samples has the same meaning in runs without balancing
-    trained.metrics |= balanced | passes.metrics()
-    trained.ahead = passes.for_ledger()
-    trained.metrics |= {
-        "train/loss": float(np.mean(losses)),
-        "train/grad_norm": float(np.mean(norms)),
-        "train/lr": lrs[-1],
-        "train/optimizer_steps": float(run.trainer.steps),
-    }
-    return trained
+            check_digests(captured, outcome.digests)
+        tally.add(outcome)
+    return tally.trained(run, [passes])
+
+
+class Tally:
+    """Adds up what the optimizer steps of an iteration did."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[StepOutcome] = []
+
+    def add(self, outcome: StepOutcome) -> None:
+        self.outcomes.append(outcome)
+
+    def trained(self, run: Run, passes: Sequence[Passes]) -> Trained:
+        """Metrics of the iteration.
+
+        Args:
+            run: whose iteration.
+            passes: all that were prepared for it.
+        """
+        if not self.outcomes:
+            return Trained()
+        sums: dict[str, float] = {}
+        for outcome in self.outcomes:
+            for name, value in outcome.sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+        tokens, first = sum(outcome.tokens for outcome in self.outcomes), self.outcomes[0]
+        metrics = {f"train/{name}": value / max(1, tokens) for name, value in sums.items()}
+        if run.config.algorithm.old_logprobs == "rollout":
+            # Later mini-batches are under other weights than the samples: only the first shows the engines' mismatch.
+            difference = first.sums.get("rollout_logprob_abs_diff", 0.0)
+            metrics["train/rollout_logprob_abs_diff"] = difference / max(1, first.tokens)
+            if first.route_rows:
+                metrics["moe/own_routes_differ_fraction"] = first.differing / first.route_rows
+        balanced = merge_groups([outcome.balance for outcome in self.outcomes if outcome.balance])
+        balanced.pop("moe/max_vio", None)  # the one of rollout's samples has the same meaning without balancing
+        metrics |= balanced | merged_metrics(passes)
+        metrics |= {
+            "train/loss": float(np.mean([outcome.loss for outcome in self.outcomes])),
+            "train/grad_norm": float(np.mean([outcome.grad_norm for outcome in self.outcomes])),
+            "train/lr": self.outcomes[-1].lr,
+            "train/optimizer_steps": float(run.trainer.steps),
+        }
+        return Trained(metrics, len(self.outcomes), merged_for_ledger(passes))
 
 
 def record(
@@ -250,17 +268,17 @@ def short_digest(layers: np.ndarray) -> str:
     return hashlib.blake2b(layers.astype("<u8").tobytes(), digest_size=8).hexdigest()
 
 
-def _wait(run: Run, take: Callable[[], Pass]) -> Pass:
+def wait_for(run: Run, take: Callable[[], Pass]) -> Pass:
     """A pass that is prepared in the background; what is waited for it is a phase of its own."""
     with run.phase("prepare"):
         return take()
 
 
-def _mode(run: Run, wanted: str) -> str:
+def mode_of(run: Run, wanted: str) -> str:
     return wanted if run.arch.is_moe else "own"
 
 
-def _check_digests(captured: Sequence[Sample], consumed: Mapping[str, np.ndarray]) -> None:
+def check_digests(captured: Sequence[Sample], consumed: Mapping[str, np.ndarray]) -> None:
     expected = {s.sample_id: s.route_digests for s in captured}
     for sample_id, digests in consumed.items():
         wanted = expected[sample_id]

@@ -1,6 +1,7 @@
-"""The synchronous loop: generate -> reward -> advantages -> train -> update weights -> evaluate.
+"""The loop: generate -> reward -> advantages -> train -> update weights -> evaluate.
 
-What a step is made of is below, in order; how its parts work is in the modules it calls. A step is complete when its
+``stream`` says how these overlap: not at all (synchronous), training on groups as they arrive (``pipelining``), or
+batches generated while others train (``staleness``). What a step is made of is below, in order; how its parts work is in the modules it calls. A step is complete when its
 line is in the ledger; only then may its checkpoint appear, so a resumed run takes every prompt exactly once.
 """
 
@@ -8,12 +9,15 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rl.config import RunConfig
 from rl.evaluation import eval_files, judge, read_eval, summarize
+from rl.orchestration.ahead import Moved
+from rl.orchestration.arriving import chunk_tokens, train_arriving
 from rl.orchestration.evaluate import evaluate
-from rl.orchestration.experience import generate, rewarded, rollout_metrics, train_samples, with_advantages
+from rl.orchestration.experience import rewarded, rollout_metrics, train_samples, with_advantages
 from rl.orchestration.setup import Run, open_run
 from rl.orchestration.steps import (
     Trained,
@@ -28,6 +32,7 @@ from rl.orchestration.steps import (
 from rl.orchestration.warmup import warm_up
 from rl.progress import Progress
 from rl.report import write_report
+from rl.types import Sample
 
 FINISHED, THRESHOLDS_MISSED = 0, 3
 
@@ -80,6 +85,7 @@ def begin(state: Run) -> None:
     if state.config.warmup.steps:
         warm_up(state)
     state.update_engines()
+    state.updated()
     if state.config.keeps_reference:
         reference = state.directory / "checkpoints" / "reference"
         shutil.rmtree(reference, ignore_errors=True)  # of a begin that was broken off
@@ -93,40 +99,67 @@ def begin(state: Run) -> None:
 def one_step(state: Run) -> None:
     """One iteration."""
     config = state.config
-    started, state.seconds = time.perf_counter(), {}
-    take = min(config.data.prompts_per_step, state.prompts_left())
-    prompts, cursor = state.data.train.batch(state.cursor, take)
+    began, started, state.seconds = time.time(), time.perf_counter(), {}
+    feed, state.ahead_of_training = state.feed, config.stream.staleness > 0
+    state.check_updates()
+    if not feed.admit() and feed.empty:
+        state.updated()  # engines have to finish what they have before they take the weights that this batch needs
+        feed.admit()
+    batch = feed.oldest()
     with moving(state) as moved, state.phase("generate"):
-        samples = generate(state.pool, prompts, config.data.samples_per_prompt, state.sampling, config.run.seed)
+        if config.stream.pipelining:
+            batch.wait_for(chunk_tokens(state))
+        else:
+            samples = batch.all()
     experts_moved = moved()
-    with state.phase("reward"):
-        samples = state.reward.score(samples)
+    if config.stream.pipelining:
+        arrived = train_arriving(state, batch, experts_moved)
+        samples, usable, trained = arrived.samples, arrived.usable, arrived.trained
+        trained_metrics = arrived.metrics | trained.metrics
+    else:
+        usable, trained, trained_metrics = train_complete(state, samples, experts_moved)
     save_trace(state, samples)
-    trained, trained_metrics = Trained(), {}
-    if usable := rewarded(samples):
-        state.whole = False
-        given = train_samples(usable)
-        passes = prepare(state, given, experts_moved)
-        old, reference, route_metrics = old_and_reference(state, given, passes)
-        compared = compare_own_routes(state, given)
-        given, advantage_metrics = with_advantages(usable, given, config, old, reference)
-        with state.phase("train"):
-            trained = train(state, usable, given, passes)
-        trained_metrics = {**advantage_metrics, **route_metrics, **compared, **trained.metrics}
+    staleness = feed.measure(batch, samples)
+    feed.trained()
+    state.step, state.cursor = state.step + 1, batch.after
     with state.phase("weight_update"):
         state.update_engines()
+    state.seconds["reward"] = batch.reward_seconds
     seconds = time.perf_counter() - started
+    idle = state.timeline.close_window(began, time.time(), [f"engine {i}" for i in state.service.engines])
     metrics = {
         **rollout_metrics(samples, config.sampling.max_tokens),
         **trained_metrics,
+        "stream/staleness/mean": staleness.mean,
+        "stream/staleness/max": float(staleness.largest),
+        "stream/mixed_versions_fraction": staleness.mixed,
+        "stream/engine_idle_fraction": idle.engines,
+        "stream/trainer_idle_fraction": idle.trainer,
         "perf/step_time": seconds,
         "perf/tokens_per_second": sum(s.length for s in samples) / seconds,
         **{f"perf/time/{name}": value for name, value in state.seconds.items()},
     }
-    state.step, state.cursor = state.step + 1, cursor
-    record(state, prompts, usable, trained, metrics)
+    record(state, batch.prompts, usable, trained, metrics)
     state.whole = True
     state.progress.update(state.step, metrics)
+
+
+def train_complete(
+    state: Run, samples: Sequence[Sample], experts_moved: Moved
+) -> tuple[list[Sample], Trained, dict[str, float]]:
+    """The training half of an iteration whose samples are all there: usable samples, what was done, and metrics."""
+    usable = rewarded(samples)
+    if not usable:
+        return usable, Trained(), {}
+    state.whole = False
+    given = train_samples(usable)
+    passes = prepare(state, given, experts_moved)
+    old, reference, route_metrics = old_and_reference(state, given, passes)
+    compared = compare_own_routes(state, given)
+    given, advantage_metrics = with_advantages(usable, given, state.config, old, reference)
+    with state.phase("train"):
+        trained = train(state, usable, given, passes)
+    return usable, trained, {**advantage_metrics, **route_metrics, **compared, **trained.metrics}
 
 
 def finish(state: Run) -> int:

@@ -15,7 +15,7 @@ from rl.config.sections import BalanceSection
 from rl.ledger import Ledger
 from rl.metrics import METRICS, read_metrics
 from rl.models.architecture import read_architecture
-from rl.orchestration.ahead import Ahead, Moved, Passes
+from rl.orchestration.ahead import Ahead, Moved, Passes, merged_for_ledger, merged_metrics
 from rl.orchestration.experience import Packing
 from rl.training import checkpoint
 from rl.training.foresight import expert_groups, group_loads
@@ -82,12 +82,12 @@ def test_plans_are_those_of_the_batches_that_will_run(arch, layout):
             expected = solve_step(loads, ahead.groups[0].layouts({}), ahead.groups[0].settings)
             assert np.array_equal(found.plans.steps[0].replica_expert, expected.replica_expert)
             assert np.array_equal(found.plans.steps[0].loads, expected.loads)
-        metrics = passes.metrics()
+        metrics = merged_metrics([passes])
         micro_batches = [passes.training(number).layout.num_microbatches for number in range(2)]
         share = sum(micro_batches) / (sum(micro_batches) + old.layout.num_microbatches)
         assert metrics["moe/foresight/planned_fraction"] == pytest.approx(share)
-        assert passes.for_ledger()["plans"][0] is None
-        assert len(passes.for_ledger()["plans"][1]) == 16
+        assert merged_for_ledger([passes])["plans"][0] is None
+        assert len(merged_for_ledger([passes])["plans"][1]) == 16
 
 
 def _needed(ahead, layout):
@@ -159,7 +159,7 @@ def test_without_balancing_passes_are_packed_by_length(arch):
         found = passes.training(1)
         assert found.plans is None
         assert found.layout == packing.layout_of([samples[i] for i in passes.batches[1]])
-        assert passes.metrics() == passes.for_ledger() == {}
+        assert merged_metrics([passes]) == merged_for_ledger([passes]) == {}
 
 
 # ------------------------------------------------------------------ whole runs

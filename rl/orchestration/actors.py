@@ -1,0 +1,139 @@
+"""A run's processes: what engines and trainer ranks are started with, from the run's configuration."""
+
+from __future__ import annotations
+
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+
+from megatron_ultraep.megatron.groups import ParallelLayout
+from rl.config import RunConfig
+from rl.models.builder import Recompute
+from rl.rollout.config import EngineConfig
+from rl.rollout.dispatch import Dispatch, get_dispatch
+from rl.rollout.latency import LatencyProfile
+from rl.rollout.pool import EnginePool
+from rl.rollout.predictors import LengthPredictor, get_predictor
+from rl.rollout.service import GenerationService
+from rl.timeline import Timeline
+from rl.training.group import Trainer, TrainerLimits
+from rl.training.worker import OptimizerSpec, TrainerSpec
+
+
+def parallel_layout(config: RunConfig) -> ParallelLayout:
+    """The trainer's layout."""
+    p = config.trainer.parallel
+    return ParallelLayout(
+        world=config.trainer.ranks, tp=p.tp, pp=p.pp, vpp=p.vpp if p.vpp > 1 else None, ep=p.ep, etp=p.etp, cp=p.cp
+    )
+
+
+def start_actors(config: RunConfig, stack: contextlib.ExitStack) -> tuple[EnginePool, Trainer]:
+    """Engines and trainer ranks come up side by side; when one fails, the other is ended."""
+
+    def start_pool() -> EnginePool:
+        pool = EnginePool(engine_config(config), config.rollout.engines)
+        stack.callback(pool.stop)
+        return pool
+
+    def start_trainer() -> Trainer:
+        limits = config.run.limits
+        trainer = Trainer(
+            trainer_spec(config),
+            backend=config.trainer.backend,
+            limits=TrainerLimits(limits.actor_start_s, limits.train_step_s, limits.checkpoint_s, limits.generate_s),
+        )
+        stack.callback(trainer.stop)
+        return trainer
+
+    with ThreadPoolExecutor(2) as threads:
+        starting_pool, starting_trainer = threads.submit(start_pool), threads.submit(start_trainer)
+        pool, trainer = starting_pool.result(), starting_trainer.result()
+    trainer.connect(pool.handles)
+    return pool, trainer
+
+
+def engine_config(config: RunConfig) -> EngineConfig:
+    r, limits = config.rollout, config.run.limits
+    return EngineConfig(
+        model_path=str(config.model.path.absolute()),
+        dtype=config.engine_dtype,
+        device=r.device,
+        max_model_len=r.max_model_len,
+        max_num_seqs=r.max_num_seqs,
+        kv_cache_memory_bytes=int(r.kv_cache_gib * (1 << 30)),
+        block_size=r.block_size,
+        tensor_parallel=r.tensor_parallel,
+        seed=config.run.seed,
+        capture_routes=r.capture_routes,
+        max_regenerations=r.max_regenerations,
+        start_timeout_s=limits.engine_start_s,
+        generate_timeout_s=limits.generate_s,
+        update_timeout_s=limits.weight_update_s,
+        allow_untested=config.allow_untested,
+    )
+
+
+def trainer_spec(config: RunConfig) -> TrainerSpec:
+    t = config.trainer
+    o = t.optimizer
+    return TrainerSpec(
+        model_path=str(config.model.path.absolute()),
+        layout=parallel_layout(config),
+        dtype=config.model.dtype,
+        recompute=Recompute(t.recompute, t.recompute_modules),
+        distributed_optimizer=t.distributed_optimizer,
+        optimizer=OptimizerSpec(
+            lr=o.lr,
+            min_lr=o.min_lr,
+            warmup_steps=o.warmup_steps,
+            decay_steps=o.decay_steps or 0,
+            schedule=o.schedule,
+            betas=o.betas,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            clip_grad=o.clip_grad,
+        ),
+        reference=config.keeps_reference,
+        seed=config.run.seed,
+        collective_s=config.run.limits.collective_s,
+        balance=(
+            config.balance.settings(config.output_dir, allow_untested=config.allow_untested)
+            if config.balance.enabled
+            else None
+        ),
+        reorder=config.balance.enabled and config.balance.reorder,
+    )
+
+
+def start_service(
+    config: RunConfig, pool: EnginePool, timeline: Timeline, stack: contextlib.ExitStack
+) -> GenerationService:
+    """The service over the engines, with the run's dispatch policy and predictor."""
+    service = GenerationService(
+        pool,
+        dispatch=_dispatch(config),
+        predictor=predictor(config),
+        max_restarts=config.stream.max_restarts,
+        on_span=timeline.span,
+    )
+    stack.callback(service.stop)
+    return service
+
+
+def predictor(config: RunConfig) -> LengthPredictor | None:
+    """Of response lengths; None when the run has none."""
+    name = config.stream.predictor
+    if name == "none":
+        return None
+    return get_predictor(name, **({"seed": config.run.seed} if name == "ranker" else {}))
+
+
+def _dispatch(config: RunConfig) -> Dispatch:
+    stream = config.stream
+    if stream.dispatch == "random":
+        return get_dispatch("random", seed=config.run.seed)
+    if stream.dispatch == "skew_aware":
+        assert stream.latency_profile is not None  # rl.config.rules
+        profile = LatencyProfile.load(stream.latency_profile)
+        return get_dispatch("skew_aware", step_seconds=profile.step_seconds, fraction=stream.long_fraction)
+    return get_dispatch(stream.dispatch)

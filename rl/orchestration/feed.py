@@ -1,0 +1,240 @@
+"""Batches of prompts on their way through generation and reward, ahead of the training that takes them.
+
+    feed.admit()                      # starts every batch that staleness allows
+    batch = feed.oldest()
+    for groups in batch.chunks(...)   # or batch.all(): waits until the batch is complete
+    feed.trained()
+
+Which prompts are in a batch, and in which mini-batch, is decided by the order of the data before anything is
+generated. So a mini-batch is the same whatever finishes first; only the order in which its gradient adds up differs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from rl.data.dataset import Cursor, PromptDataset
+from rl.orchestration.experience import RefusedSamples, refuse
+from rl.orchestration.staleness import Staleness, StalenessAccountant
+from rl.rewards.runner import RewardRunner
+from rl.rollout.streams import GroupStream
+from rl.rollout.validation import RefusedSample
+from rl.types import Prompt, Sample
+
+Generate = Callable[[Sequence[Prompt]], GroupStream]
+"""Starts generation of prompts and returns at once."""
+
+_POLL_S = 0.2  # between looks at whether a feed is being closed
+
+
+@dataclass
+class Batch:
+    """One training step's prompts, and their groups as they arrive, rewarded.
+
+    Attributes:
+        number: from 0; training step ``number + 1`` takes it.
+        prompts: in the order of the data.
+        after: cursor after them.
+        stream: where their groups come from.
+        reward_seconds: that rewards took so far; they run beside generation.
+    """
+
+    number: int
+    prompts: tuple[Prompt, ...]
+    after: Cursor
+    stream: GroupStream
+    limit_s: float
+    reward_seconds: float = 0.0
+    _arrived: dict[str, list[Sample]] = field(default_factory=dict)
+    _taken: set[str] = field(default_factory=set)
+    _error: BaseException | None = None
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def all(self) -> list[Sample]:
+        """Every sample, in the order of prompts; waits until the batch is complete.
+
+        Raises:
+            RefusedSamples: an engine gave up on a sample. Also whatever generation or rewards raised.
+        """
+        wanted = [p.uid for p in self.prompts]
+        groups = self._wait(lambda: len(self._arrived) == len(wanted), wanted)
+        return [sample for group in groups for sample in group]
+
+    def wait_for(self, tokens: int) -> None:
+        """Wait until groups of so many tokens have come, or the whole batch."""
+
+        def enough() -> bool:
+            here = self._arrived.values()
+            return len(here) == len(self.prompts) or sum(s.length for group in here for s in group) >= tokens
+
+        self._wait(enough, ())
+
+    def chunks(self, wanted: Sequence[Prompt], tokens: int) -> Iterator[list[Sample]]:
+        """The groups of some prompts in chunks of at least ``tokens`` tokens (the last may be smaller), as they arrive.
+
+        Groups of a chunk are in the order of prompts. Each wait ends when enough has come.
+        """
+        left = [p.uid for p in wanted]
+
+        def enough() -> bool:
+            here = [self._arrived[uid] for uid in left if uid in self._arrived]
+            return len(here) == len(left) or sum(s.length for group in here for s in group) >= tokens
+
+        while left:
+            groups = self._wait(enough, left)
+            taken = {group[0].prompt.uid for group in groups}
+            left = [uid for uid in left if uid not in taken]
+            yield [sample for group in groups for sample in group]
+
+    def _wait(self, enough: Callable[[], bool], wanted: Collection[str]) -> list[list[Sample]]:
+        deadline = time.monotonic() + self.limit_s
+        with self._changed:
+            while not enough():
+                if self._error is not None:
+                    raise self._error
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(
+                        f"batch {self.number}: no more groups came within {self.limit_s:g} s, "
+                        f"{len(self._arrived)} of {len(self.prompts)} prompts are here; raise run.limits.generate_s"
+                    )
+                self._changed.wait(left)
+            found = [self._arrived[uid] for uid in wanted if uid in self._arrived and uid not in self._taken]
+            self._taken |= {group[0].prompt.uid for group in found}
+            return found
+
+    def put(self, samples: Sequence[Sample]) -> None:
+        """Rewarded samples of whole groups have come."""
+        with self._changed:
+            for sample in samples:
+                self._arrived.setdefault(sample.prompt.uid, []).append(sample)
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
+
+
+class Feed:
+    """Starts batches as the accountant allows, collects and rewards their groups in the background.
+
+    Args:
+        data: training prompts.
+        cursor: of the first prompt to take.
+        size: prompts of one batch.
+        total: prompts that may still be taken.
+        generate: starts generation.
+        reward: scores samples.
+        accountant: of staleness.
+        limit_s: of every wait for groups (s).
+    """
+
+    def __init__(
+        self,
+        data: PromptDataset,
+        cursor: Cursor,
+        *,
+        size: int,
+        total: int,
+        generate: Generate,
+        reward: RewardRunner,
+        accountant: StalenessAccountant,
+        limit_s: float,
+    ) -> None:
+        self.accountant = accountant
+        self._data, self._cursor, self._size, self._left = data, cursor, size, total
+        self._generate, self._reward, self._limit_s = generate, reward, limit_s
+        self._batches: deque[Batch] = deque()
+        self._lock = threading.Lock()  # admission, by the loop and when weights have arrived
+        self._scoring = threading.Lock()  # a reward runner serves one thread at a time
+        self._closed = False
+
+    def admit(self) -> int:
+        """Start every batch that may start now; returns how many. Any thread may call it."""
+        started = 0
+        with self._lock:
+            while not self._closed and self._left > 0 and self.accountant.may_admit():
+                prompts, after = self._data.batch(self._cursor, min(self._size, self._left))
+                number = self.accountant.admit()
+                batch = Batch(number, prompts, after, self._generate(prompts), self._limit_s)
+                self._cursor, self._left = after, self._left - len(prompts)
+                self._batches.append(batch)
+                threading.Thread(target=self._collect, args=(batch,), name=f"batch {number}", daemon=True).start()
+                started += 1
+        return started
+
+    @property
+    def empty(self) -> bool:
+        """Whether no batch is under way."""
+        with self._lock:
+            return not self._batches
+
+    def oldest(self) -> Batch:
+        """The batch that the next training step takes.
+
+        Raises:
+            RuntimeError: none was started.
+        """
+        with self._lock:
+            if not self._batches:
+                raise RuntimeError("no batch was started: call admit() after engines have the newest weights")
+            return self._batches[0]
+
+    def trained(self) -> None:
+        """The oldest batch was trained on."""
+        with self._lock:
+            self._batches.popleft()
+            self.accountant.completed()
+
+    def measure(self, batch: Batch, samples: Sequence[Sample]) -> Staleness:
+        """See ``StalenessAccountant.measure``."""
+        with self._lock:
+            return self.accountant.measure(batch.number, samples)
+
+    def announce(self, version: int, steps: int) -> None:
+        """See ``StalenessAccountant.announce``."""
+        with self._lock:
+            self.accountant.announce(version, steps)
+
+    def delivered(self, version: int, steps: int) -> None:
+        """All engines have the weights of a step: admit what they allow."""
+        with self._lock:
+            self.accountant.delivered(version, steps)
+
+    def _collect(self, batch: Batch) -> None:
+        try:
+            for group in batch.stream:
+                groups = [group]
+                while batch.stream.ready:  # what came while rewards were computed is scored together
+                    more = batch.stream.next(_POLL_S)
+                    if more is None:
+                        break
+                    groups.append(more)
+                refused = [s for g in groups for s in g if isinstance(s, RefusedSample)]
+                if refused:
+                    raise refuse(refused)
+                samples = [s for g in groups for s in g if isinstance(s, Sample)]
+                started = time.perf_counter()
+                with self._scoring:
+                    scored = self._reward.score(samples)
+                batch.reward_seconds += time.perf_counter() - started
+                batch.put(scored)
+        except BaseException as error:
+            batch.fail(error)
+
+    def close(self) -> None:
+        """Abort what is generated and start nothing more."""
+        with self._lock:
+            self._closed = True
+            batches = list(self._batches)
+        for batch in batches:
+            batch.stream.close()
+            batch.fail(RuntimeError("the run is closing"))
+
+
+__all__ = ["Batch", "Feed", "RefusedSamples"]
