@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rl.transfer.plan import Bucket
+from rl.transfer.plan import ITEM_BYTES, Bucket
 
 
 def new_buffer(bucket: Bucket, device: torch.device, *, pinned: bool = False) -> torch.Tensor:
@@ -17,13 +17,27 @@ def new_buffer(bucket: Bucket, device: torch.device, *, pinned: bool = False) ->
 
 
 def views(buffer: torch.Tensor, bucket: Bucket) -> list[tuple[str, torch.Tensor]]:
-    """``(name, tensor)`` of every piece, without a copy; they keep the buffer's memory alive."""
+    """``(name, tensor)`` of every piece, without a copy; they keep the buffer's memory alive.
+
+    Pieces and the gaps between them are cut in one call: at 400 GB/s, an expert's matrix takes fewer microseconds on
+    the wire than three calls of torch.
+    """
+    starts = [p.offset for p in bucket.pieces]
+    sizes: list[int] = []
+    for p, next_start in zip(bucket.pieces, [*starts[1:], bucket.nbytes], strict=True):
+        sizes += [p.tensor.nbytes, next_start - p.offset - p.tensor.nbytes]
+    dtypes = {p.tensor.dtype for p in bucket.pieces}
+    if len(dtypes) == 1:
+        # Offsets and lengths are multiples of the item size: of one dtype, the whole bucket can be cast at once.
+        dtype = dtypes.pop()
+        parts = buffer.view(getattr(torch, dtype)).split_with_sizes([size // ITEM_BYTES[dtype] for size in sizes])
+        return [
+            (p.tensor.name, part.view(p.tensor.shape)) for p, part in zip(bucket.pieces, parts[::2], strict=True)
+        ]
+    parts = buffer.split_with_sizes(sizes)
     return [
-        (
-            p.tensor.name,
-            buffer[p.offset : p.offset + p.tensor.nbytes].view(getattr(torch, p.tensor.dtype)).view(p.tensor.shape),
-        )
-        for p in bucket.pieces
+        (p.tensor.name, part.view(getattr(torch, p.tensor.dtype)).view(p.tensor.shape))
+        for p, part in zip(bucket.pieces, parts[::2], strict=True)
     ]
 
 

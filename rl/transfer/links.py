@@ -295,7 +295,7 @@ def source_name(rank: int) -> str:
 
 def say_ready(board: Board, plan: TransferPlan, number: int) -> None:
     """Tell all members that this one is ready for a transfer, and of which plan."""
-    board.tell(f"ready/{number}/{board.name}", plan.digest())
+    board.tell(f"ready/{number}/{board.name}", plan.digest)
 
 
 def await_ready(board: Board, plan: TransferPlan, number: int, membership: Membership) -> None:
@@ -307,7 +307,7 @@ def await_ready(board: Board, plan: TransferPlan, number: int, membership: Membe
     """
     keys = {f"ready/{number}/{m}": m for m in membership.members}
     told = board.wait_for(keys, membership.limits.start_s, f"be ready for transfer {number}")
-    wrong = [keys[key] for key, digest in told.items() if digest != plan.digest()]
+    wrong = [keys[key] for key, digest in told.items() if digest != plan.digest]
     if wrong:
         board.fail(TransferError(f"{board.what} has another plan than {', '.join(wrong)}: send all the same one"))
 

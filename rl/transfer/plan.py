@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 ALIGNMENT = 256  # bytes; what CUDA's allocator gives, so that copies are vectorised
@@ -104,6 +105,7 @@ class TransferPlan:
         """Tensors that a source sends, in order."""
         return tuple(p.tensor.name for b in self.buckets[source] for p in b.pieces)
 
+    @cached_property
     def digest(self) -> str:
         """Equal for equal plans; both sides compare it before the first byte."""
         told = [[[[p.tensor.name, p.tensor.shape, p.tensor.dtype, p.offset] for p in b.pieces] for b in s]

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,14 @@ class Receiver:
         self._links, self._board = [], None
 
     def receive(self, plan: TransferPlan) -> Iterator[tuple[str, torch.Tensor]]:
-        """All tensors of a plan; a collective of all members.
+        """``(name, tensor)`` of all tensors of a plan, see :meth:`receive_buckets`."""
+        # Closed with this generator, so that a caller that stops half-way is noticed at once.
+        with closing(self.receive_buckets(plan)) as buckets:
+            for pairs in buckets:
+                yield from pairs
+
+    def receive_buckets(self, plan: TransferPlan) -> Generator[list[tuple[str, torch.Tensor]], None, None]:
+        """All tensors of a plan, bucket by bucket as they arrive; a collective of all members.
 
         Raises:
             TransferError: it broke off, naming who failed; what came is not whole. The generation is of no more use:
@@ -98,7 +106,7 @@ class Receiver:
                 done = awaited[source].popleft()
                 if self._stream is not None:
                     done.buffer.record_stream(torch.cuda.current_stream(self.device))
-                yield from views(done.buffer, done.bucket)
+                yield views(done.buffer, done.bucket)
                 del done
                 self._post(links[source], waiting[source], awaited[source])
         except BaseException as error:
