@@ -63,7 +63,8 @@ METRICS = BALANCE_METRICS | {
     "perf/step_time": "Seconds of one iteration.",
     "perf/tokens_per_second": "Tokens of the iteration's samples over its seconds.",
     "perf/time/<phase>": "Seconds of one phase: generate, reward, reorder, prepare, old_logprob, train, "
-    "export, weight_update, evaluate, checkpoint.",
+    "export, offload, transfer, weight_update, evaluate, checkpoint.",
+    "perf/memory_gib/<turn>": "Colocated: most GiB in use on a GPU at the end of the turns of generate and train.",
     "eval/accuracy": "Fraction of held-out prompts answered correctly.",
     "eval/reward/mean": "Mean reward on held-out prompts.",
     "eval/response_length/mean": "Mean response length on held-out prompts, tokens.",

@@ -77,9 +77,18 @@ def place(config: RunConfig) -> Placement:
         expert_data_parallel=ranks // (parallel.etp * parallel.ep * parallel.pp),
         engines=rollout.engines,
         engine_ranks=rollout.tensor_parallel,
-        ray_cpus=ranks + engine_ranks,
-        ray_gpus=(ranks if config.trainer.backend == "nccl" else 0) + (engine_ranks if rollout.device == "cuda" else 0),
+        ray_cpus=ranks + max(engine_ranks, (config.stream.elastic.max_engines or 0) * rollout.tensor_parallel),
+        ray_gpus=_gpus(config),
     )
+
+
+def _gpus(config: RunConfig) -> int:
+    """GPUs of trainer ranks and of as many engines as there may be; colocated ones share theirs."""
+    rollout = config.rollout
+    ranks = config.trainer.ranks if config.trainer.backend == "nccl" else 0
+    most = max(rollout.engines, config.stream.elastic.max_engines or 0) * rollout.tensor_parallel
+    engines = most if rollout.device == "cuda" else 0
+    return max(ranks, engines) if config.stream.colocated else ranks + engines
 
 
 def render(config: RunConfig) -> str:

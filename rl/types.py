@@ -28,7 +28,7 @@ class Prompt:
         text: the prompt after the chat template, exactly what was tokenised.
         tokens: int32 ``[P]``.
         label: what the reward compares with; any JSON value.
-        metadata: anything else the data set carried, JSON values.
+        metadata: anything else the data set carried, JSON values. ``max_tokens`` limits the response's tokens.
     """
 
     uid: str
@@ -72,6 +72,8 @@ class Sample:
         histogram: int32 ``[L, E]``, how often each expert occurs in those rows; None for dense models.
         route_digests: uint64 ``[L]``, see ``megatron_ultraep.replay.layer_digests``; None for dense models.
         response_text: the response decoded without special tokens.
+        learnt_tokens: how many of the first response tokens are learnt from; None: all. Fewer where a benchmark made
+            the response go on past its end.
         reward: set by the reward step, None before.
         reward_error: why the reward could not be computed, None if it could.
     """
@@ -86,6 +88,7 @@ class Sample:
     histogram: np.ndarray | None
     route_digests: np.ndarray | None = None
     response_text: str = ""
+    learnt_tokens: int | None = None
     reward: float | None = None
     reward_error: str | None = None
 

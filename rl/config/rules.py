@@ -455,6 +455,13 @@ def _stream(config: RunConfig) -> Iterator[Violation]:
             f"{config.trainer.ranks} engines, came {config.rollout.engines}.",
             ("stream.colocated", "trainer.ranks"),
         )
+    if stream.colocated and config.balance.reorder and config.balance.reorder_by == "previous":
+        yield Violation(
+            "balance.reorder_by",
+            "experts would move while engines generate, but a colocated trainer is off its GPUs then; set reorder_by: "
+            "coming.",
+            ("stream.colocated",),
+        )
     if stream.dispatch in ("longest_first", "skew_aware") and stream.predictor == "none":
         yield Violation(
             "stream.predictor",

@@ -108,6 +108,14 @@ class RewardSection(Section):
     )
 
 
+class ForcedLengths(Section):
+    """Log-normal response lengths by prompt, at most `sampling.max_tokens`. What follows a response's end-of-sequence
+    token is neither rewarded nor learnt from: it only takes time."""
+
+    median: float = Field(gt=0, description="Median length in tokens.")
+    sigma: float = Field(1.0, ge=0, description="Standard deviation of the logarithm of lengths.")
+
+
 class SamplingSection(Section):
     """How responses are sampled during training (evaluation has `evaluation.greedy`)."""
 
@@ -116,8 +124,8 @@ class SamplingSection(Section):
     top_k: int = Field(0, ge=0, description="Number of likeliest tokens kept; only 0 (off) is supported.")
     max_tokens: int = Field(256, ge=1, description="Longest response in tokens.")
     stop: Texts = Field((), description="Texts that end a response besides the end-of-sequence token.")
-    ignore_eos: bool = Field(
-        False, description="Benchmarks: go on past the end-of-sequence token; the reward sees the text before it."
+    forced_lengths: ForcedLengths | None = Field(
+        None, description="Benchmarks: how long responses are, whatever the model says; null: as long as they become."
     )
 
 

@@ -14,6 +14,7 @@ from rl.rollout.latency import LatencyProfile
 from rl.rollout.pool import EnginePool
 from rl.rollout.predictors import LengthPredictor, get_predictor
 from rl.rollout.service import GenerationService
+from rl.shared_gpus import SharedGpus
 from rl.timeline import Timeline
 from rl.training.group import Trainer, TrainerLimits
 from rl.training.worker import OptimizerSpec, TrainerSpec
@@ -29,9 +30,13 @@ def parallel_layout(config: RunConfig) -> ParallelLayout:
 
 def start_actors(config: RunConfig, stack: contextlib.ExitStack) -> tuple[EnginePool, Trainer]:
     """Engines and trainer ranks come up side by side; when one fails, the other is ended."""
+    share = None
+    if config.stream.colocated and config.rollout.device == "cuda":
+        share = SharedGpus(config.trainer.ranks, config.run.limits.actor_start_s)
+        stack.callback(share.release)
 
     def start_pool() -> EnginePool:
-        pool = EnginePool(engine_config(config), config.rollout.engines)
+        pool = EnginePool(engine_config(config), config.rollout.engines, share=share)
         stack.callback(pool.stop)
         return pool
 
@@ -41,6 +46,7 @@ def start_actors(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Engine
             trainer_spec(config),
             backend=config.trainer.backend,
             limits=TrainerLimits(limits.actor_start_s, limits.train_step_s, limits.checkpoint_s, limits.generate_s),
+            share=share,
         )
         stack.callback(trainer.stop)
         return trainer
@@ -64,6 +70,7 @@ def engine_config(config: RunConfig) -> EngineConfig:
         block_size=r.block_size,
         tensor_parallel=r.tensor_parallel,
         seed=config.run.seed,
+        sleep_mode=config.stream.colocated and r.device == "cuda",
         capture_routes=r.capture_routes,
         max_regenerations=r.max_regenerations,
         start_timeout_s=limits.engine_start_s,

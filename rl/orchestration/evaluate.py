@@ -21,6 +21,7 @@ def evaluate(run: Run) -> EvalResult | None:
         if run.config.evaluation.greedy:
             sampling = Sampling(sampling.max_tokens, temperature=0.0, stop_token_ids=sampling.stop_token_ids)
         run.updated()
+        run.engines_turn()
         samples = run.reward.score(generate(run.service, prompts, 1, sampling, run.config.run.seed))
     write_eval(run.directory, run.step, samples)
     result = summarize(run.step, [s.reward for s in samples], run.config.evaluation.correct_from)

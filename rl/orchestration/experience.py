@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -44,6 +45,13 @@ def generate(
     if refused:
         raise refuse(refused)
     return [sample for prompt in prompts for sample in groups[prompt.uid]]
+
+
+def with_length(prompt: Prompt, median: float, sigma: float, most: int) -> Prompt:
+    """The prompt with a response length of its own, log-normal, the same for the same uid; see ``ForcedLengths``."""
+    seed = int.from_bytes(hashlib.blake2b(prompt.uid.encode(), digest_size=8).digest(), "little")
+    length = median * np.exp(sigma * np.random.Generator(np.random.PCG64(seed)).standard_normal())
+    return replace(prompt, metadata={**prompt.metadata, "max_tokens": int(np.clip(round(length), 1, most))})
 
 
 def refuse(refused: Sequence[RefusedSample]) -> RefusedSamples:

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from rl import placement, versions
 from rl.algorithms.losses import PolicyLossConfig
@@ -27,7 +27,7 @@ from rl.metrics import MetricLogger
 from rl.models.architecture import Architecture, read_architecture
 from rl.orchestration.actors import start_actors, start_service
 from rl.orchestration.ahead import Ahead
-from rl.orchestration.experience import Packing
+from rl.orchestration.experience import Packing, with_length
 from rl.orchestration.feed import Feed
 from rl.orchestration.ray_instance import ray_instance
 from rl.orchestration.staleness import StalenessAccountant
@@ -72,6 +72,8 @@ class Run:
         timeline: what everybody did when.
         updating: the newest weight update, until somebody waited for it.
         ahead_of_training: batches start as soon as weights allow; not before the loop begins.
+        turn: who has the GPUs of a colocated run.
+        memory_gib: most GiB in use on a GPU at the end of each one's turns (of a process, on CPU); colocated only.
         transfer_seconds: that the last update took, from when it was sent to when the last engine had it.
         version: weight version of the engines.
         whole: whether the trainer's state is that of ``step``: False from the moment an iteration begins to train.
@@ -99,6 +101,8 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     updating: Future[None] | None = None
     ahead_of_training: bool = False
+    turn: Literal["engines", "trainer"] = "trainer"
+    memory_gib: dict[str, float] = field(default_factory=dict)
     transfer_seconds: float = 0.0
     _feed: Feed | None = None
 
@@ -114,7 +118,7 @@ class Run:
             max_tokens=s.max_tokens,
             temperature=s.temperature,
             stop_token_ids=self.stop_token_ids,
-            ignore_eos=s.ignore_eos,
+            ignore_eos=s.forced_lengths is not None,
         )
 
     stop_token_ids: tuple[int, ...] = ()
@@ -174,6 +178,7 @@ class Run:
         """Checkpoint the state after ``step``: weights, optimizer, random state, cursor."""
         if self.saved_step == self.step:
             return
+        self.trainer_turn(keep_weights=True)
         partial = checkpoint.begin(self.directory / "checkpoints", self.step)
         self.trainer.save(partial, optimizer=self.config.checkpoint.save_optimizer)
         state = {
@@ -206,6 +211,9 @@ class Run:
 
     def _generate(self, prompts: Sequence[Prompt]) -> GroupStream:
         config = self.config
+        forced = config.sampling.forced_lengths
+        if forced is not None:
+            prompts = [with_length(p, forced.median, forced.sigma, config.sampling.max_tokens) for p in prompts]
         return self.service.generate(
             prompts,
             config.data.samples_per_prompt,
@@ -221,8 +229,10 @@ class Run:
         they have arrived, and what went wrong is raised by :meth:`check_updates`.
         """
         self.check_updates()
+        self.trainer_turn()
         with self.phase("export"):
             chunks, manifest = self.trainer.export(self.config.engine_dtype)
+        self.engines_turn()
         self.version += 1
         version, steps, feed, began = self.version, self.step, self.feed, time.time()
         feed.announce(version, steps)
@@ -244,6 +254,32 @@ class Run:
         self.updating = arrived
         if not self.config.stream.staleness:
             self.updated()
+
+    def trainer_turn(self, keep_weights: bool = False) -> None:
+        """Colocated: engines sleep, and the trainer comes back to the GPUs. Otherwise nothing.
+
+        Args:
+            keep_weights: engines will go on with the weights they have.
+        """
+        if self.config.stream.colocated and self.turn == "engines":
+            with self.phase("offload"):
+                self._note_memory("generate")
+                self.pool.sleep(keep_weights)
+                self.trainer.onload()
+            self.turn = "trainer"
+
+    def engines_turn(self) -> None:
+        """Colocated: the trainer leaves the GPUs, and engines wake. Otherwise nothing."""
+        if self.config.stream.colocated and self.turn == "trainer":
+            with self.phase("offload"):
+                self._note_memory("train")
+                self.trainer.offload()
+                self.pool.wake()
+            self.turn = "engines"
+
+    def _note_memory(self, turn: str) -> None:
+        used = max(report.device_used for report in self.trainer.memory()) / 2**30
+        self.memory_gib[turn] = max(used, self.memory_gib.get(turn, 0.0))
 
     def check_updates(self) -> None:
         """Raise what the last update met, if it has ended."""
@@ -326,6 +362,8 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
         stack.enter_context(_terminate_as_interrupt())
         started = time.perf_counter()
         pool, trainer = start_actors(config, stack)
+        if config.stream.colocated:
+            pool.sleep()  # the trainer has the first turn
         timeline = Timeline(config.output_dir / "timeline.json" if config.stream.timeline else None)
         service = start_service(config, pool, timeline, stack)
         packing = Packing(trainer.spec.layout, config.trainer.tokens_per_micro_batch)

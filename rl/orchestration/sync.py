@@ -1,8 +1,9 @@
 """The loop: generate -> reward -> advantages -> train -> update weights -> evaluate.
 
 ``stream`` says how these overlap: not at all (synchronous), training on groups as they arrive (``pipelining``), or
-batches generated while others train (``staleness``). What a step is made of is below, in order; how its parts work is in the modules it calls. A step is complete when its
-line is in the ledger; only then may its checkpoint appear, so a resumed run takes every prompt exactly once.
+batches generated while others train (``staleness``). What a step is made of is below, in order; how its parts work is
+in the modules it calls. A step is complete when its line is in the ledger; only then may its checkpoint appear, so a
+resumed run takes every prompt exactly once.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ def begin(state: Run) -> None:
     state.update_engines()
     state.updated()
     if state.config.keeps_reference:
+        state.trainer_turn(keep_weights=True)
         reference = state.directory / "checkpoints" / "reference"
         shutil.rmtree(reference, ignore_errors=True)  # of a begin that was broken off
         reference.mkdir(parents=True)
@@ -102,6 +104,7 @@ def one_step(state: Run) -> None:
     began, started, state.seconds = time.time(), time.perf_counter(), {}
     feed, state.ahead_of_training = state.feed, config.stream.staleness > 0
     state.check_updates()
+    state.engines_turn()
     if not feed.admit() and feed.empty:
         state.updated()  # engines have to finish what they have before they take the weights that this batch needs
         feed.admit()
@@ -112,6 +115,7 @@ def one_step(state: Run) -> None:
         else:
             samples = batch.all()
     experts_moved = moved()
+    state.trainer_turn()
     if config.stream.pipelining:
         arrived = train_arriving(state, batch, experts_moved)
         samples, usable, trained = arrived.samples, arrived.usable, arrived.trained
@@ -138,6 +142,8 @@ def one_step(state: Run) -> None:
         "perf/step_time": seconds,
         "perf/tokens_per_second": sum(s.length for s in samples) / seconds,
         **{f"perf/time/{name}": value for name, value in state.seconds.items()},
+        **{f"perf/memory_gib/{turn}": value for turn, value in state.memory_gib.items()},
+        "perf/time/transfer": state.transfer_seconds,
     }
     record(state, batch.prompts, usable, trained, metrics)
     state.whole = True

@@ -28,6 +28,8 @@ class EngineConfig:
         tensor_parallel: tensor-parallel ranks of the engine; only 1 is tested.
         enforce_eager: no CUDA graphs and no compilation; always so on CPU.
         seed: of whatever has no seed of its own; requests always have one.
+        sleep_mode: the engine can free its device memory in between (colocated with a trainer); CUDA only, vLLM
+            refuses it on CPU.
         capture_routes: return the experts of every token (ignored for dense models).
         max_regenerations: how often a refused sample is generated again before it is handed back as refused.
         initial_version: weight version of what is in ``model_path``.
@@ -47,6 +49,7 @@ class EngineConfig:
     tensor_parallel: int = 1
     enforce_eager: bool = True
     seed: int = 0
+    sleep_mode: bool = False
     capture_routes: bool = True
     max_regenerations: int = 2
     initial_version: int = 0
@@ -62,6 +65,8 @@ class EngineConfig:
             problems.append(f'device must be "cpu" or "cuda", got {self.device!r}')
         if self.device == "cpu" and self.block_size % 32:
             problems.append(f"block_size must be a multiple of 32 on the CPU backend, got {self.block_size}")
+        if self.sleep_mode and self.device != "cuda":
+            problems.append("sleep_mode must be false on CPU, where vLLM has none")
         if self.tensor_parallel != 1:
             problems.append(f"tensor_parallel must be 1 (nothing else is tested), got {self.tensor_parallel}")
         if not (Path(self.model_path) / "config.json").is_file():

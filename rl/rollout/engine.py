@@ -153,6 +153,8 @@ class RolloutEngine:
             "disable_log_stats": True,
             "worker_extension_cls": "rl.rollout.weights.WeightUpdateExtension",
         }
+        if config.sleep_mode:
+            arguments["enable_sleep_mode"] = True
         if config.max_num_batched_tokens is not None:
             arguments["max_num_batched_tokens"] = config.max_num_batched_tokens
         if config.capture_routes and model_files.is_moe(Path(config.model_path)):
@@ -293,11 +295,12 @@ class RolloutEngine:
                 f"engine {self.index}: a weight update broke off ({self._torn}); send a whole update before generating"
             )
         room = self.config.max_model_len - length
-        allowed = sampling.max_tokens - (length - len(prompt.tokens))
+        most = min(sampling.max_tokens, int(prompt.metadata.get("max_tokens", sampling.max_tokens)))
+        allowed = most - (length - len(prompt.tokens))
         if not len(prompt.tokens) or room < 1 or allowed < 1:
             raise ValueError(
                 f"prompt {prompt.uid}: expected 1 to {self.config.max_model_len - 1} tokens before the next and fewer "
-                f"than {sampling.max_tokens} response tokens, got {length} tokens of which {len(prompt.tokens)} are "
+                f"than {most} response tokens, got {length} tokens of which {len(prompt.tokens)} are "
                 "the prompt; filter long prompts or raise max_model_len"
             )
         vllm = compat.engine_api()
@@ -336,6 +339,7 @@ class RolloutEngine:
             spans = routes.join_versions(before.weight_versions, len(before.response_tokens), spans)
             response = np.concatenate([before.response_tokens, response])
             logprobs = np.concatenate([before.rollout_logprobs, logprobs])
+        learnt = self._until_end(response)
         reference, counts, digests = None, None, None
         if self._captures and len(response):
             assert self.info is not None
@@ -365,8 +369,14 @@ class RolloutEngine:
             routes=reference,
             histogram=counts,
             route_digests=digests,
-            response_text=self._decode(response),
+            response_text=self._decode(response[:learnt]),
+            learnt_tokens=learnt,
         )
+
+    def _until_end(self, response: np.ndarray) -> int | None:
+        """Tokens up to the first end token, itself included, of a response that went on after it; None: it did not."""
+        ends = np.nonzero(np.isin(response[:-1], self._end_tokens))[0]
+        return int(ends[0]) + 1 if len(ends) else None
 
     @property
     def _captures(self) -> bool:
@@ -472,6 +482,41 @@ class RolloutEngine:
             return time.monotonic() - started
 
         return await self._call(update, timeout, f"the weight update to version {version}")
+
+    async def sleep(self, keep_weights: bool = False) -> float:
+        """Free the device for others, until :meth:`wake`; returns the seconds it took. On CPU nothing is freed.
+
+        Args:
+            keep_weights: keep them in host memory. Otherwise they are dropped, and must be sent before generating.
+
+        Raises:
+            RuntimeError: samples are running.
+        """
+        thread = self._live()
+
+        def nap(engine: Any) -> float:
+            started = time.monotonic()
+            if thread.running:
+                raise RuntimeError(f"engine {self.index}: {thread.running} requests are running; wait before sleeping")
+            if self.config.sleep_mode:
+                engine.reset_prefix_cache()
+                engine.sleep(level=1 if keep_weights else 2)
+                if not keep_weights:
+                    self._torn = "it slept and dropped its weights"
+            return time.monotonic() - started
+
+        return await self._call(nap, self.config.update_timeout_s, "falling asleep")
+
+    async def wake(self) -> float:
+        """Take the device again; returns the seconds it took. Waking an engine that is awake does nothing."""
+
+        def rise(engine: Any) -> float:
+            started = time.monotonic()
+            if self.config.sleep_mode and engine.is_sleeping():
+                engine.wake_up()
+            return time.monotonic() - started
+
+        return await self._call(rise, self.config.update_timeout_s, "waking up")
 
     # ------------------------------------------------------------------ waiting
 

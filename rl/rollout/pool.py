@@ -31,6 +31,7 @@ from rl.rollout.fleet import EngineDied
 from rl.rollout.service import GenerationService
 from rl.rollout.streams import GroupOfSamples
 from rl.rollout.weights import Manifest
+from rl.shared_gpus import SharedGpus
 from rl.types import Prompt
 
 __all__ = ["EngineDied", "EnginePool"]
@@ -45,6 +46,7 @@ class EnginePool:
         config: of every engine; each gets ``seed + index``.
         engines: how many.
         environment: additional environment variables of the actors.
+        share: GPUs shared with trainer ranks, engine i on the i-th; None: GPUs of their own.
 
     Attributes:
         handles: of the actors by index, None where an engine was removed; always the same list, so that who holds it
@@ -56,7 +58,13 @@ class EnginePool:
         EngineTimeout, EngineDied: an engine did not come up; those that did are stopped.
     """
 
-    def __init__(self, config: EngineConfig, engines: int = 1, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        engines: int = 1,
+        environment: dict[str, str] | None = None,
+        share: SharedGpus | None = None,
+    ) -> None:
         if engines < 1:
             raise ValueError(f"engines must be >= 1, got {engines}")
         self.config = config
@@ -64,6 +72,7 @@ class EnginePool:
         self.handles: list[Any] = []
         self.infos: dict[int, EngineInfo] = {}
         self._stopped = False
+        self._share = share
         self._service: GenerationService | None = None
         self._actor = ray.remote(EngineActor).options(
             num_cpus=1,
@@ -138,6 +147,16 @@ class EnginePool:
         self._all(calls, self.config.update_timeout_s, f"the weight update to version {version}")
         self.version = version
         return time.monotonic() - started
+
+    def sleep(self, keep_weights: bool = False) -> float:
+        """All engines free their devices; see ``RolloutEngine.sleep``. Returns the slowest one's seconds."""
+        calls = {i: self.handles[i].sleep.remote(keep_weights) for i in self.indices()}
+        return max(self._all(calls, self.config.update_timeout_s, "falling asleep").values(), default=0.0)
+
+    def wake(self) -> float:
+        """All engines take their devices again. Returns the slowest one's seconds."""
+        calls = {i: self.handles[i].wake.remote() for i in self.indices()}
+        return max(self._all(calls, self.config.update_timeout_s, "waking up").values(), default=0.0)
 
     def abort(self, sample_ids: Sequence[str]) -> int:
         """End samples now, wherever they run; returns how many did."""
@@ -232,7 +251,8 @@ class EnginePool:
     def _make(self, index: int) -> Any:
         if self._stopped:
             raise EngineDied(f"engine {index}: not started, the pool was stopped")
-        handle = self._actor.remote(replace(self.config, seed=self.config.seed + index), index)
+        actor = self._actor if self._share is None else self._actor.options(**self._share.options(index))
+        handle = actor.remote(replace(self.config, seed=self.config.seed + index), index)
         self.handles.extend([None] * (index + 1 - len(self.handles)))
         self.handles[index] = handle
         return handle

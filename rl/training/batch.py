@@ -61,7 +61,9 @@ class TrainSample:
         def aligned(values: np.ndarray | None) -> np.ndarray | None:
             return None if values is None else np.concatenate([np.zeros(prompt, values.dtype), values])
 
-        mask = np.arange(sample.length) >= prompt
+        learnt = len(sample.response_tokens) if sample.learnt_tokens is None else sample.learnt_tokens
+        positions = np.arange(sample.length)
+        mask = (positions >= prompt) & (positions < prompt + learnt)
         return TrainSample(
             sample_id=sample.sample_id,
             tokens=sample.tokens,

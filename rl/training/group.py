@@ -24,6 +24,7 @@ import ray
 
 from megatron_ultraep.layout import Pass
 from megatron_ultraep.megatron.migrate import MoveReport
+from rl.shared_gpus import SharedGpus
 from rl.training.accumulate import check_apply, check_first
 from rl.training.actor import TrainerActor
 from rl.training.batch import Counts, MiniBatch
@@ -67,6 +68,7 @@ class Trainer:
         backend: ``"gloo"`` or ``"nccl"``.
         limits: of every wait.
         environment: additional environment variables of the ranks.
+        share: GPUs shared with engines, rank r on the r-th; None: GPUs of their own.
 
     Raises:
         TrainerDied, TrainerTimeout: a rank did not come up; those that did are ended.
@@ -79,6 +81,7 @@ class Trainer:
         backend: str = "gloo",
         limits: TrainerLimits | None = None,
         environment: dict[str, str] | None = None,
+        share: SharedGpus | None = None,
     ) -> None:
         self.spec = spec
         self.limits = limits or TrainerLimits()
@@ -91,7 +94,9 @@ class Trainer:
             max_restarts=0,
             runtime_env={"env_vars": trainer_environment(backend) | (environment or {})},
         )
-        self.handles = [actor.remote(rank) for rank in range(world)]
+        self.handles = [
+            (actor if share is None else actor.options(**share.options(rank))).remote(rank) for rank in range(world)
+        ]
         try:
             address = self._all([self.handles[0].listen_address.remote()], self.limits.start_s, "its address")[0]
             self.ranks: list[dict[str, Any]] = self._call(

@@ -9,7 +9,7 @@ from megatron_ultraep.replay import RoutingTrace, layer_digests
 from rl.evaluation import eval_files, read_eval
 from rl.ledger import Ledger
 from rl.metrics import read_metrics
-from rl.orchestration.steps import RouteMismatch, _check_digests, short_digest
+from rl.orchestration.steps import RouteMismatch, check_digests, short_digest
 from rl.types import Prompt, Sample
 from tests.rl.orchestration.command import Command, ledger_lines, tiny_config
 
@@ -108,7 +108,7 @@ def sample(digests):
 
 def test_other_routes_than_captured_are_an_error_that_names_sample_and_layer():
     captured = np.array([1, 2, 3], dtype=np.uint64)
-    _check_digests([sample(captured)], {"train/0/0/0": captured.copy()})
+    check_digests([sample(captured)], {"train/0/0/0": captured.copy()})
     with pytest.raises(RouteMismatch, match=r"train/0/0/0.*layers \[1\]"):
-        _check_digests([sample(captured)], {"train/0/0/0": np.array([1, 9, 3], dtype=np.uint64)})
+        check_digests([sample(captured)], {"train/0/0/0": np.array([1, 9, 3], dtype=np.uint64)})
     assert short_digest(captured) != short_digest(captured[::-1])
