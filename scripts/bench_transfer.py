@@ -136,7 +136,7 @@ class Bench:
         self.repeats = repeats
         self.rows: list[Row] = []
         self.rendezvous = Rendezvous("127.0.0.1")
-        self.link = 0.0  # bytes a second
+        self.links: dict[str, float] = {}  # bytes a second, by layout
 
     def join(self, sources: int, receivers: int, channels: int = 0) -> None:
         membership = self.rendezvous.generation(
@@ -165,7 +165,9 @@ class Bench:
             if rate:
                 self._add(Row(layout, "link", how, nbytes / 2**30, 1e3 * nbytes / rate, 0, rate / 1e9, 0, 0, None))
         # A broadcast to several is no link; between two members it is one more way to use it.
-        self.link = max(rate for how, rate in rates.items() if how != "broadcast" or receivers == 1 or not self.gpu)
+        self.links[layout] = max(
+            rate for how, rate in rates.items() if how != "broadcast" or receivers == 1 or not self.gpu
+        )
 
     def hold(self, specs: list[TensorSpec], sources: int, receivers: int) -> None:
         shares = share(specs, sources)
@@ -184,7 +186,7 @@ class Bench:
         sums = self.processes.all("checksums", [()] * (sources + receivers))
         sent = {name: value for told in sums[:sources] for name, value in told.items()}
         equal = len(sent) == len(specs) and all(got == sent for got in sums[sources:])
-        bound = 1e3 * plan.nbytes / self.link
+        bound = 1e3 * plan.nbytes / self.links[f"{sources}x{receivers}"]
         variant = f"{bucket / MIB:g} MiB{note}"
         gbps = plan.nbytes / ms / 1e6
         row = Row(
@@ -225,9 +227,9 @@ class Bench:
         finally:
             ray.shutdown()
         ms = 1e3 * statistics.median(spans[1:])
-        bound = 1e3 * nbytes / self.link
-        equal = all(got == sums[0] for got in sums[1:])
         layout = f"1x{receivers}"
+        bound = 1e3 * nbytes / self.links[layout] if layout in self.links else 0.0
+        equal = all(got == sums[0] for got in sums[1:])
         self._add(
             Row(layout, "store", f"64 MiB{note}", nbytes / 2**30, ms, 0, nbytes / ms / 1e6, bound, bound / ms, equal)
         )

@@ -21,6 +21,10 @@ from rl.training.offload import MemoryReport, OffloadReport, Part
 from rl.training.passes import PassSettings, RouteMode, RouteReport
 from rl.training.results import AccumulateResult, TrainResult
 from rl.training.spec import TrainerSpec
+from rl.transfer.ipc import IpcHandles
+from rl.transfer.links import Membership
+from rl.transfer.plan import Holding, TransferPlan
+from rl.transfer.sender import SendReport, Snapshot
 
 _BUCKET_BYTES = 64 << 20
 
@@ -31,6 +35,8 @@ class TrainerActor:
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.worker: Any = None
+        self._sender: Any = None
+        self._shared: Any = None
 
     def listen_address(self) -> str:
         """``host:port`` for rank 0's store; the port was free a moment ago."""
@@ -119,6 +125,45 @@ class TrainerActor:
         """This rank's weights in the object store: ``(reference to {name: tensor}, {name: shape})`` per bucket."""
         buckets = self.worker.export(_BUCKET_BYTES, getattr(torch, dtype))
         return [(ray.put(b), {n: tuple(t.shape) for n, t in b.items()}) for b in buckets]
+
+    def transfer_announce(self, dtype: str) -> list[Holding]:
+        """What this rank could hand over to engines directly; see ``rl.transfer``."""
+        from rl.transfer.trainer import ModelSender
+
+        if self._sender is None:
+            self._sender = ModelSender(self.worker.actor, self.rank, self._settle)
+        return self._sender.announce(dtype)
+
+    def transfer_join(self, membership: Membership) -> None:
+        self._sender.join(membership)
+
+    def transfer_send(self, plan: TransferPlan, snapshot: Snapshot | None = None) -> SendReport | None:
+        """Hand over this rank's share; with a snapshot, return once it is copied: ``transfer_finish`` waits."""
+        return self._sender.send(plan) if snapshot is None else self._sender.start(plan, snapshot)
+
+    def transfer_finish(self, timeout_s: float) -> SendReport | None:
+        return self._sender.finish(timeout_s)
+
+    def share(self, dtype: str) -> IpcHandles:
+        """Handles of this rank's weights for engines on the same GPU; kept until :meth:`release_shared`."""
+        from rl.models.weights import export_weights
+        from rl.transfer.ipc import SharedWeights
+
+        self._settle()
+        self._shared = SharedWeights(export_weights(self.worker.actor), self.rank, getattr(torch, dtype))
+        return self._shared.handles()
+
+    def release_shared(self) -> None:
+        """Every engine has what was shared."""
+        if self._shared is not None:
+            self._shared.release()
+        self._shared = None
+
+    def _settle(self) -> None:
+        from megatron_ultraep.megatron import compat
+
+        self.worker.offloader.require("a weight transfer", "weights")
+        compat.synchronize_parameters(self.worker.actor.wrapped)
 
     def save(self, directory: str, optimizer: bool) -> None:
         from rl.training import checkpoint

@@ -31,9 +31,7 @@ def views(buffer: torch.Tensor, bucket: Bucket) -> list[tuple[str, torch.Tensor]
         # Offsets and lengths are multiples of the item size: of one dtype, the whole bucket can be cast at once.
         dtype = dtypes.pop()
         parts = buffer.view(getattr(torch, dtype)).split_with_sizes([size // ITEM_BYTES[dtype] for size in sizes])
-        return [
-            (p.tensor.name, part.view(p.tensor.shape)) for p, part in zip(bucket.pieces, parts[::2], strict=True)
-        ]
+        return [(p.tensor.name, part.view(p.tensor.shape)) for p, part in zip(bucket.pieces, parts[::2], strict=True)]
     parts = buffer.split_with_sizes(sizes)
     return [
         (p.tensor.name, part.view(getattr(torch, p.tensor.dtype)).view(p.tensor.shape))

@@ -123,9 +123,9 @@ class Sender:
                 else:
                     works[index].wait()  # the stream waits, not we
 
+            if self._stream is not None:
+                self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with on_stream(self._stream):
-                if self._stream is not None:
-                    self._stream.wait_stream(torch.cuda.default_stream(self.device))
                 for _, buffer in filled(reuse):
                     if not works:
                         await_ready(board, plan, self._transfers, link.membership)

@@ -166,7 +166,7 @@ def test_members_with_other_plans_do_not_begin(ranks, rendezvous):
     assert all(taken == 0 for _, _, _, taken, _ in answers)
 
 
-@pytest.mark.parametrize("victim", [1, 3], ids=["source", "receiver"])
+@pytest.mark.parametrize("victim", [1, pytest.param(3, marks=pytest.mark.slow)], ids=["source", "receiver"])
 def test_a_killed_member_holds_nobody_beyond_the_limit(rendezvous, victim):
     """In processes of its own: a pool ends with any of its ranks."""
     answers = run_members(rendezvous.generation(SOURCES, RECEIVERS, "gloo", DEADLY), {victim: "dies"})
