@@ -38,6 +38,7 @@ from rl.rollout import compat, model_files, routes, validation, weights
 from rl.rollout.config import Device, EngineConfig, Sampling, derive_seed, engine_environment
 from rl.rollout.stepper import EngineFailed, EngineThread, Request
 from rl.rollout.validation import RefusedSample
+from rl.transfer.links import Membership
 from rl.types import Prompt, RouteRef, Sample
 
 _log = logging.getLogger(__name__)
@@ -433,6 +434,18 @@ class RolloutEngine:
         return await self._wait_for(reference.handle, self.config.generate_timeout_s, "routes in the object store")
 
     # ------------------------------------------------------------------ weights
+
+    async def transfer_join(self, membership: Membership) -> None:
+        """Join a generation of direct transfers; ``update_weights(version, [Incoming(plan)], plan.manifest)`` follows.
+
+        Raises:
+            TransferTimeout: naming the members that did not come.
+        """
+
+        def join(engine: Any) -> None:
+            engine.collective_rpc("ultraep_transfer_join", args=(membership, self.index))
+
+        await self._call(join, membership.limits.join_s + self.config.update_timeout_s, "joining a weight transfer")
 
     async def update_weights(
         self,
