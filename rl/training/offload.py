@@ -160,10 +160,10 @@ class Offloader:
             peak = torch.cuda.max_memory_reserved()
             torch.cuda.reset_peak_memory_stats()
             return MemoryReport(total - free, peak, torch.cuda.memory_allocated())
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        used = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         held = sum(storage.nbytes() for storages in self._storages().values() for storage in storages)
-        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return MemoryReport(pages * resource.getpagesize(), peak_kib * 1024, held)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return MemoryReport(used, max(used, peak), held)  # the kernel brings the peak up to date now and then
 
     def _storages(self) -> dict[Part, list[torch.UntypedStorage]]:
         """Of each part, in a fixed order, each once; those that are empty are left out."""

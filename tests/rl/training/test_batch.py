@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ultraep.layout import BatchLayout, MicroBatch
-from rl.training.batch import MiniBatch, TrainSample, pack, pack_field, unpack_rows
+from rl.training.batch import Counts, MiniBatch, TrainSample, pack, pack_field, unpack_rows
 from rl.types import Prompt, RouteRef, Sample
 
 CPU = torch.device("cpu")
@@ -142,3 +142,18 @@ def test_from_a_generated_sample():
     assert made.rollout_logprobs.tolist() == [0, 0, 0, -0.5, -0.25]
     assert made.rollout_logprobs.dtype == np.float32
     assert TrainSample.from_sample(sample).advantages is None
+
+
+@given(packed())
+@settings(max_examples=20, deadline=None)
+def test_denominators_are_counts_unless_they_are_given(batch):
+    samples, layout = batch
+    whole = MiniBatch.make(samples, layout)
+    true = Counts(sum(int(s.loss_mask.sum()) for s in samples), len(samples))
+    assert whole.learnt == true == Counts(whole.total_tokens, whole.total_sequences)
+    parts = [whole.part(rank) for rank in range(len(layout.micro_batches))]
+    assert sum((part.learnt for part in parts), Counts()) == true
+    estimated = MiniBatch.make(samples, layout, total_tokens=1000, total_sequences=50)
+    for part in [estimated, *(estimated.part(rank) for rank in range(len(layout.micro_batches)))]:
+        assert (part.total_tokens, part.total_sequences) == (1000, 50)
+    assert estimated.learnt == true
