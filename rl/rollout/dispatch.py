@@ -234,6 +234,7 @@ def engines_for_longest(
     rest: tuple[int, float],
     seats: Sequence[int],
     speeds: Sequence[float],
+    most: int | None = None,
 ) -> tuple[int, float]:
     """How many of the engines, the first ones, generate only the long samples.
 
@@ -244,6 +245,7 @@ def engines_for_longest(
         long, rest: ``(samples, tokens)`` of either class; StreamRL takes the 90th percentile of the long ones' tokens
             and the median of the rest's.
         seats, speeds: of the engines, in the order in which the long samples get them.
+        most: engines that the long samples can use: their groups, each of which stays on one. None: any number.
 
     Returns:
         ``(k, seconds)``; ``k`` is 0 when one of the classes is empty or there is only one engine.
@@ -262,7 +264,7 @@ def engines_for_longest(
             group_latency(cached, *long, seats[:k], speeds[:k]), group_latency(cached, *rest, seats[k:], speeds[k:])
         )
 
-    seconds, k = min((slower(k), k) for k in range(1, count))
+    seconds, k = min((slower(k), k) for k in range(1, min(count - 1, most or count) + 1))
     return k, seconds
 
 
@@ -362,6 +364,7 @@ class SkewAware:
             _extent(classes[False], 50),
             [room.engines[index].seats for index in ranked],
             [room.speed[index] for index in ranked],
+            most=len(classes[True]),
         )
         self.dedicated = tuple(ranked[:k])
         if k:

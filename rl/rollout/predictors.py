@@ -1,4 +1,4 @@
-"""How long will the responses to a prompt be? Only the order matters: dispatch isolates the longest and starts them first.
+"""How long will the responses to a prompt be? Dispatch isolates the longest, so only the order matters.
 
     predictor = get_predictor("history")
     tokens = predictor.predict(prompts)             # [N], of each prompt's longest response

@@ -39,7 +39,7 @@ class Ranker:
     """
 
     def __init__(
-        self, seed: int = 0, buckets: int = 4096, hidden: int = 32, every: int = 16, updates: int = 8, lr: float = 3e-3
+        self, seed: int = 0, buckets: int = 4096, hidden: int = 32, every: int = 16, updates: int = 8, lr: float = 1e-2
     ) -> None:
         for name, value in (("buckets", buckets), ("hidden", hidden), ("every", every), ("updates", updates)):
             if value < 1:

@@ -1,1 +1,1 @@
-"""Discrete-event simulation of generation and training; free of Ray and vLLM, and fast enough for hundreds of engines."""
+"""Discrete-event simulation of generation and training: without Ray and vLLM, fast for hundreds of engines."""

@@ -135,8 +135,8 @@ class Generation:
         speeds: of the engines, default 1 each; measured speeds are what the policy sees.
         prefill_seconds_per_token: see :class:`rl.rollout.latency.LatencyProfile`.
         group_seconds: a complete group arrives that much later.
-        ask_every: groups that must have completed before the policy is asked again, unless an engine holds nothing; 1 is
-            exact, more is faster for hundreds of engines.
+        ask_every: groups that must have completed before the policy is asked again, unless an engine holds nothing; 1
+            is exact, more is faster for hundreds of engines.
     """
 
     def __init__(

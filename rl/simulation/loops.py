@@ -6,7 +6,7 @@ One loop; the modes are settings of it:
 |---|---|---|---|
 | ``sync`` | the weights of the step before are there | the whole set | train, transfer |
 | ``streaming`` | the same | chunks of at least ``chunk_groups`` groups, as they arrive | train the rest, transfer |
-| ``async`` | its step minus the weight version is at most ``staleness`` | chunks, as they arrive | transfer beside both |
+| ``async`` | step minus weight version is at most ``staleness`` | chunks, as they arrive | transfer beside both |
 | ``colocated`` | as ``sync`` | the whole set, after the GPUs have changed hands | and again after |
 
 Sets are strict: step ``s`` trains exactly the groups of batch ``s``, and steps its optimizer once.
@@ -53,8 +53,8 @@ class LoopSettings:
         staleness: most steps that a set's weights may lag when it starts; ``async`` only.
         transfer_seconds: from the optimizer step until the weights are at the engines.
         update_seconds: an engine stands still that long to take them up.
-        in_flight: ``"continue"``: engines take weights up at once; ``"finish"``: once they have finished what they hold,
-            and get no groups until then.
+        in_flight: ``"continue"``: engines take weights up at once; ``"finish"``: once they have finished what they
+            hold, and get no groups until then.
         switch_seconds: until the GPUs have changed hands, each way; ``colocated`` only.
     """
 
