@@ -104,8 +104,8 @@ class Accumulator:
         worker = self._worker
         started = time.perf_counter()
         if scale != 1.0:
-            for chunk in worker.actor.wrapped:
-                chunk.scale_gradients(scale)
+            for gradients in compat.gradient_buffers(worker.actor.wrapped):
+                gradients.mul_(scale)
         worker.finalize_gradients()
         reduced = time.perf_counter()
         chunks = add_chunks(self._chunks, scale)

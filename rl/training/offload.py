@@ -56,7 +56,7 @@ class OffloadReport:
         seconds: of the slowest rank.
     """
 
-    bytes: Mapping[str, int] = field(default_factory=dict)
+    bytes: Mapping[Part, int] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -78,7 +78,7 @@ class MemoryReport:
 
 def merge_reports(reports: Sequence[OffloadReport]) -> OffloadReport:
     """Reports of all ranks as one."""
-    total: dict[str, int] = {}
+    total: dict[Part, int] = {}
     for report in reports:
         for part, size in report.bytes.items():
             total[part] = total.get(part, 0) + size
