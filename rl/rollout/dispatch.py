@@ -83,42 +83,52 @@ class Dispatch(Protocol):
 
 
 class _Room:
-    """What engines hold while groups are handed out; ``speed`` is relative to the mean."""
+    """What engines hold while groups are handed out; ``speed`` is relative to the mean.
+
+    Arrays have an entry per accepting engine, by index, so that the first of equals is the lowest.
+    """
 
     def __init__(self, engines: Iterable[EngineState], fill: float) -> None:
-        self.engines = {engine.index: engine for engine in engines if engine.accepting}
-        self.held = {index: engine.outstanding for index, engine in self.engines.items()}
-        self.most = {index: fill * engine.seats for index, engine in self.engines.items()}
-        self.speed = relative_speeds(list(self.engines.values()))
+        accepting = sorted((engine for engine in engines if engine.accepting), key=lambda engine: engine.index)
+        self.engines = {engine.index: engine for engine in accepting}
+        self.place = {index: i for i, index in enumerate(self.engines)}
+        self.indices = list(self.engines)
+        self.held = np.array([engine.outstanding for engine in accepting], dtype=np.float64)
+        self.most = np.array([fill * engine.seats for engine in accepting])
+        relative = relative_speeds(accepting)
+        self.speed = np.array([relative[index] for index in self.indices])
         self.sent: list[tuple[int, int]] = []
 
-    def fits(self, index: int, samples: int) -> bool:
-        return not self.held[index] or self.held[index] + samples <= self.most[index]
+    def able(self, samples: int) -> np.ndarray:
+        """bool ``[engines]``: which have room for a group."""
+        return (self.held == 0) | (self.held + samples <= self.most)
 
-    def least_loaded(self, samples: int, among: Iterable[int] | None = None) -> int | None:
+    def least_loaded(self, samples: int, among: np.ndarray) -> int | None:
         """The engine that holds least relative to its speed, of those with room; None when there is none."""
-        best: tuple[float, int] | None = None
-        for index in self.held if among is None else among:
-            held = self.held[index]
-            if held and held + samples > self.most[index]:
-                continue
-            key = ((held + samples) / self.speed[index], index)
-            if best is None or key < best:
-                best = key
-        return None if best is None else best[1]
+        load = np.where(among & self.able(samples), (self.held + samples) / self.speed, np.inf)
+        best = int(load.argmin()) if len(load) else 0
+        return self.indices[best] if len(load) and load[best] < np.inf else None
+
+    def only(self, among: Iterable[int] | None) -> np.ndarray:
+        """bool ``[engines]``: those named; None: all."""
+        if among is None:
+            return np.ones(len(self.indices), dtype=bool)
+        mask = np.zeros(len(self.indices), dtype=bool)
+        mask[[self.place[index] for index in among if index in self.place]] = True
+        return mask
 
     def send(self, position: int, samples: int, index: int) -> None:
-        self.held[index] += samples
+        self.held[self.place[index]] += samples
         self.sent.append((position, index))
 
     def hand_out(
         self, waiting: Sequence[WaitingGroup], positions: Iterable[int], among: Sequence[int] | None = None
     ) -> list[int]:
         """Send groups in the given order while there is room; returns the positions that are left."""
-        positions = list(positions)
+        positions, mask = list(positions), self.only(among)
         for i, position in enumerate(positions):
             samples = waiting[position].samples
-            index = self.least_loaded(samples, among)
+            index = self.least_loaded(samples, mask)
             if index is None:
                 return positions[i:]
             self.send(position, samples, index)
@@ -168,12 +178,12 @@ class Random:
         drawn = [self._draws(group) for group in waiting]
         for position in sorted(range(len(waiting)), key=lambda p: (waiting[p].batch, drawn[p][0], waiting[p].order)):
             samples = waiting[position].samples
-            able = [index for index in room.held if room.fits(index, samples)]
-            if not able:
+            able = np.flatnonzero(room.able(samples))
+            if not len(able):
                 break
-            ends = np.cumsum([room.speed[index] for index in able])
+            ends = np.cumsum(room.speed[able])
             chosen = int(np.searchsorted(ends, drawn[position][1] * ends[-1], side="right"))
-            room.send(position, samples, able[min(chosen, len(able) - 1)])
+            room.send(position, samples, room.indices[able[min(chosen, len(able) - 1)]])
         return room.sent
 
     def _draws(self, group: WaitingGroup) -> tuple[float, float]:
@@ -321,7 +331,9 @@ class SkewAware:
         long = room.hand_out(waiting, long, self.dedicated)
         rest = room.hand_out(waiting, rest, others)
         if rest and not long:
-            room.most |= self._batches
+            for index, batch in self._batches.items():
+                if index in room.place:
+                    room.most[room.place[index]] = batch
             room.hand_out(waiting, rest, self.dedicated)
         elif long and not rest:
             room.hand_out(waiting, long, others)
@@ -346,11 +358,14 @@ class SkewAware:
     def _split(self, waiting: Sequence[WaitingGroup], room: _Room) -> None:
         """Choose the engines of the long groups: fast ones first, then those that had them, then the emptiest."""
 
+        speed = dict(zip(room.indices, room.speed.tolist(), strict=True))
+        held = dict(zip(room.indices, room.held.tolist(), strict=True))
+
         def key(index: int) -> tuple[int, bool, float, int]:
             return (
-                -round(_SPEED_STEPS * room.speed[index]),
+                -round(_SPEED_STEPS * speed[index]),
                 index not in self.dedicated,
-                room.held[index] / room.speed[index],
+                held[index] / speed[index],
                 index,
             )
 
@@ -363,13 +378,13 @@ class SkewAware:
             _extent(classes[True], 90),
             _extent(classes[False], 50),
             [room.engines[index].seats for index in ranked],
-            [room.speed[index] for index in ranked],
+            [speed[index] for index in ranked],
             most=len(classes[True]),
         )
         self.dedicated = tuple(ranked[:k])
         if k:
             samples = sum(group.samples for group in classes[True])
-            shares = _shares(samples, np.array([room.speed[index] for index in self.dedicated])).tolist()
+            shares = _shares(samples, np.array([speed[index] for index in self.dedicated])).tolist()
             self._batches = {
                 index: min(share, room.engines[index].seats)
                 for index, share in zip(self.dedicated, shares, strict=True)

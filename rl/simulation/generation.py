@@ -17,6 +17,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -48,8 +49,9 @@ class SimGroup:
         """Prompt and response tokens of all samples: what training computes."""
         return sum(self.lengths) + len(self.lengths) * self.prompt_tokens
 
-    @property
+    @cached_property
     def waiting(self) -> WaitingGroup:
+        """What the dispatch policy sees."""
         return WaitingGroup(self.uid, self.order, len(self.lengths), self.predicted_tokens, self.batch)
 
 
