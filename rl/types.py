@@ -49,12 +49,14 @@ class RouteRef:
         engine: index of the engine that produced (and slices) it.
         shape: ``(T-1, L, K)``.
         dtype: ``"uint8"`` or ``"uint16"``: the smallest unsigned type that holds every expert id.
+        sample_id: whose they are, for errors.
     """
 
     handle: Any
     engine: int
     shape: tuple[int, int, int]
     dtype: str
+    sample_id: str = ""
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ class Ahead:
     def of_run(config: RunConfig, topk: int, pool: EnginePool, trainer: Trainer, packing: Packing) -> Ahead:
         """Plans with the integers that the trainer's ranks measured; engines count parts of samples."""
         engines = RoutesOfEngines(config.run.limits.generate_s)
-        engines.engines = list(pool.handles)
+        engines.engines = pool.handles  # the live list: engines come and go
         return Ahead(
             config.balance,
             trainer.expert_groups(),

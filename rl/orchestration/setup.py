@@ -27,6 +27,7 @@ from rl.metrics import MetricLogger
 from rl.models.architecture import Architecture, read_architecture
 from rl.orchestration.actors import start_actors, start_service
 from rl.orchestration.ahead import Ahead
+from rl.orchestration.elastic import Elastic
 from rl.orchestration.experience import Packing, with_length
 from rl.orchestration.feed import Feed
 from rl.orchestration.ray_instance import ray_instance
@@ -101,6 +102,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     updating: Future[None] | None = None
     ahead_of_training: bool = False
+    elastic: Elastic | None = None
     turn: Literal["engines", "trainer"] = "trainer"
     memory_gib: dict[str, float] = field(default_factory=dict)
     transfer_seconds: float = 0.0

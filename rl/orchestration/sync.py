@@ -17,6 +17,7 @@ from rl.config import RunConfig
 from rl.evaluation import eval_files, judge, read_eval, summarize
 from rl.orchestration.ahead import Moved
 from rl.orchestration.arriving import chunk_tokens, train_arriving
+from rl.orchestration.elastic import Elastic
 from rl.orchestration.evaluate import evaluate
 from rl.orchestration.experience import rewarded, rollout_metrics, train_samples, with_advantages
 from rl.orchestration.setup import Run, open_run
@@ -50,6 +51,7 @@ def run(config: RunConfig, resume: Path | None = None) -> int:
     """
     try:
         with open_run(config, resume) as state:
+            state.elastic = Elastic.of_run(config, state.service, state.pool.info.start_s)
             if state.saved_step < 0:
                 begin(state)
             total = state.total_steps()
@@ -131,6 +133,9 @@ def one_step(state: Run) -> None:
     state.seconds["reward"] = batch.reward_seconds
     seconds = time.perf_counter() - started
     idle = state.timeline.close_window(began, time.time(), [f"engine {i}" for i in state.service.engines])
+    if state.elastic is not None:
+        decision = state.elastic.step((1 - idle.engines) * seconds, (1 - idle.trainer) * seconds)
+        trained.ahead["engines"] = {"serving": len(state.service.engines), **decision.to_json()}
     metrics = {
         **rollout_metrics(samples, config.sampling.max_tokens),
         **trained_metrics,
@@ -139,6 +144,7 @@ def one_step(state: Run) -> None:
         "stream/mixed_versions_fraction": staleness.mixed,
         "stream/engine_idle_fraction": idle.engines,
         "stream/trainer_idle_fraction": idle.trainer,
+        "stream/engines": float(len(state.service.engines)),
         "perf/step_time": seconds,
         "perf/tokens_per_second": sum(s.length for s in samples) / seconds,
         **{f"perf/time/{name}": value for name, value in state.seconds.items()},

@@ -359,7 +359,7 @@ class RolloutEngine:
                 return reason
             counts = histogram(captured, self.info.experts)
             digests = layer_digests(captured)
-            reference = RouteRef(captured, self.index, captured.shape, str(captured.dtype))
+            reference = RouteRef(captured, self.index, captured.shape, str(captured.dtype), sample_id)
         return Sample(
             sample_id=sample_id,
             prompt=prompt,

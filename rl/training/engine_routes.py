@@ -93,8 +93,8 @@ def _cut(request: RouteSlice, timeout_s: float) -> np.ndarray:
 
 
 def _lost(engine: int, requests: Sequence[tuple[Any, ...]]) -> RoutesLost:
-    shapes = ", ".join(str(request[0].shape) for request in requests[:5])
+    names = ", ".join(request[0].sample_id for request in requests[:5])
     return RoutesLost(
         f"routes that engine {engine} captured are lost with the machine that held them: some of {len(requests)}, of "
-        f"shapes [rows, layers, topk] {shapes}; generate their samples again"
+        f"samples {names}; generate them again"
     )

@@ -287,6 +287,18 @@ BROKEN = [
         "algorithm.importance.truncation",
         "expected null",
     ),
+    ([("stream.pipelining", True), ("algorithm.epochs_per_batch", 2)], "algorithm.epochs_per_batch", "as they arrive"),
+    ([("stream.pipelining", True), ("algorithm.mini_batches", 2)], "algorithm.old_logprobs", "rollout"),
+    (
+        [("stream.staleness", 1), *EP4, ("balance", {"enabled": True, "reorder": True, "node_size": 2})],
+        "balance.reorder_by",
+        "previous",
+    ),
+    ([("stream", {"colocated": True, "staleness": 1})], "stream.colocated", "take turns"),
+    ([("stream.dispatch", "longest_first")], "stream.predictor", "predicted lengths"),
+    ([("stream", {"dispatch": "skew_aware", "predictor": "history"})], "stream.latency_profile", "measure_latency"),
+    ([("stream.elastic", {"max_engines": 1}), ("rollout.engines", 2)], "stream.elastic.max_engines", "at least"),
+    ([("stream", {"colocated": True, "elastic": {"max_engines": 2}})], "stream.elastic.max_engines", "each trainer"),
     ([("data.train", {"jsonl": "a"}), ("warmup.steps", 3)], "warmup.steps", "expected 0"),
     ([("warmup", {"steps": 1, "answer_template": "x"})], "warmup.answer_template", "{answer}"),
     ([("data.eval", None), ("evaluation.every", 3)], "evaluation.every", "data.eval"),
@@ -316,6 +328,10 @@ VALID = [
     [*EP4, ("balance", {"enabled": True, "node_size": 2, "foresight": True, "reorder": True, "compose": True})],
     [*EP4, ("balance", {"enabled": True, "foresight": True}), ("algorithm.routes.old_logprob", "own")],
     [("data.eval.seed", 100)],
+    [("stream", {"staleness": 2, "pipelining": True, "in_flight": "continue"})],
+    [("stream", {"pipelining": True}), ("algorithm", {"mini_batches": 2, "old_logprobs": "rollout"})],
+    [("stream", {"dispatch": "longest_first", "predictor": "history", "elastic": {"max_engines": 2}})],
+    [("stream", {"colocated": True})],
     [("data.eval", {"reasoning_gym": "leg_counting", "size": 50, "seed": 0})],
     [("warmup", {"steps": 10, "batch_size": 10, "examples_seed": 900})],
     [("warmup", {"steps": 1000, "batch_size": 10, "examples": 100, "examples_seed": 900})],
@@ -352,3 +368,11 @@ def test_float64_engines_run_in_float32():
     with pytest.raises(ConfigError, match="bfloat16 engines on CPUs are not tested"):
         from_dict(changed(("model.dtype", "bfloat16")))
     assert from_dict(changed(("model.dtype", "bfloat16"), ("rollout.dtype", "float32"))).engine_dtype == "float32"
+
+
+def test_importance_is_corrected_where_samples_may_be_stale():
+    assert from_dict(changed()).importance_cap is None
+    assert from_dict(changed(("stream.staleness", 1))).importance_cap == 2.0
+    assert from_dict(changed(("stream.staleness", 1), ("algorithm.importance.truncation", None))).importance_cap is None
+    assert from_dict(changed(("stream.staleness", 1), ("algorithm.old_logprobs", "rollout"))).importance_cap is None
+    assert from_dict(changed(("algorithm.importance.truncation", 3.0))).importance_cap == 3.0
