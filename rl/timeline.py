@@ -57,20 +57,22 @@ class Timeline:
         with self._lock:
             self._spans.append(Span(track, name, start, max(start, end), args or {}))
 
-    def close_window(self, start: float, end: float, engines: Sequence[str]) -> Idle:
+    def close_window(self, start: float, end: float, engines: Mapping[str, float | None]) -> Idle:
         """Write what ended in a window (a training step), its bubbles, and return how idle both sides were.
 
         Spans that end later are kept for later windows; those that began earlier count from ``start`` on.
 
         Args:
             start, end: of the window, seconds since the epoch.
-            engines: tracks of the engines that served in it.
+            engines: tracks of the engines that served in it; since when each has been busy with what will become spans
+                when it ends, None: it is not.
         """
         with self._lock:
             done = [s for s in self._spans if s.end <= end]
             running = [s for s in self._spans if s.end > end]
             self._spans = running
-        seen = done + running
+        unfinished = [Span(name, "", since, end) for name, since in engines.items() if since is not None]
+        seen = done + running + unfinished
         trainer = _busy([s for s in seen if s.track == TRAINER], start, end)
         of_engine = {name: _busy([s for s in seen if s.track == name], start, end) for name in engines}
         transfers = _busy([s for s in seen if s.track == TRANSFER], start, end)

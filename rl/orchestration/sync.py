@@ -132,7 +132,8 @@ def one_step(state: Run) -> None:
         state.update_engines()
     state.seconds["reward"] = batch.reward_seconds
     seconds = time.perf_counter() - started
-    idle = state.timeline.close_window(began, time.time(), [f"engine {i}" for i in state.service.engines])
+    busy = {f"engine {i}": state.service.held_since(i) for i in state.service.engines}
+    idle = state.timeline.close_window(began, time.time(), busy)
     if state.elastic is not None:
         decision = state.elastic.step((1 - idle.engines) * seconds, (1 - idle.trainer) * seconds)
         trained.ahead["engines"] = {"serving": len(state.service.engines), **decision.to_json()}

@@ -216,6 +216,10 @@ class GenerationService:
         """Seconds in which the engine held at least one group, since the service began."""
         return self._record(engine).meter.busy_seconds
 
+    def held_since(self, engine: int) -> float | None:
+        """When the oldest group that the engine holds was sent to it (``time.time()``); None: it holds none."""
+        return min((sent for _, sent in list(self._record(engine).running.values())), default=None)
+
     def _record(self, engine: int) -> EngineRecord:
         record = self._dispatcher.records.get(engine)
         if record is None:
