@@ -59,6 +59,7 @@ METRICS = BALANCE_METRICS | {
     "stream/engine_idle_fraction": "Fraction of the iteration in which an engine held no sample, mean over engines.",
     "stream/trainer_idle_fraction": "Fraction of the iteration in which trainer ranks had nothing to do.",
     "stream/chunks": "Chunks in which the iteration's samples were trained on, with stream.pipelining.",
+    "stream/transfer_fallbacks": "Updates of engines so far that took the object store in place of a direct transfer.",
     "stream/engines": "Engines at the end of the iteration, those that start or leave included.",
     "perf/step_time": "Seconds of one iteration.",
     "perf/tokens_per_second": "Tokens of the iteration's samples over its seconds.",

@@ -411,6 +411,43 @@ def _importance(config: RunConfig) -> Iterator[Violation]:
         )
 
 
+def _transfer(config: RunConfig) -> Iterator[Violation]:
+    stream, engines, trainer = config.stream, config.rollout, config.trainer
+    path = config.transfer_path
+    if path == "store":
+        return
+    gpus = (engines.device == "cuda", trainer.backend == "nccl")
+    fits = {
+        "gloo": (not any(gpus), "gloo is between engines on CPUs and a trainer with backend: gloo"),
+        "nccl": (all(gpus) and not stream.colocated, "nccl is between GPUs of engines and GPUs of the trainer"),
+        "ipc": (
+            all(gpus) and stream.colocated and trainer.ranks == engines.engines == 1,
+            "ipc is for one engine that shares its GPU with the only trainer rank (stream.colocated)",
+        ),
+    }
+    fit, what = fits[path]
+    if not fit:
+        yield Violation(
+            "stream.transfer",
+            f"{what}, which this run is not; use store.",
+            ("stream.colocated", "rollout.device", "trainer.backend"),
+        )
+    if stream.staleness and stream.in_flight == "finish":
+        yield Violation(
+            "stream.transfer",
+            "a direct transfer reaches all engines at once, but with in_flight: finish each takes weights when it has "
+            "finished its samples; set in_flight: continue, or transfer: store.",
+            ("stream.staleness", "stream.in_flight"),
+        )
+    if stream.elastic.max_engines is not None:
+        yield Violation(
+            "stream.transfer",
+            "engines that leave take no more weights, and a direct transfer waits for all; use store, or set "
+            "elastic.max_engines to null.",
+            ("stream.elastic.max_engines",),
+        )
+
+
 def _stream(config: RunConfig) -> Iterator[Violation]:
     stream, algorithm = config.stream, config.algorithm
     if stream.pipelining and algorithm.epochs_per_batch > 1:
@@ -475,6 +512,7 @@ def _stream(config: RunConfig) -> Iterator[Violation]:
             "with scripts/measure_latency.py, or use longest_first.",
             ("stream.dispatch",),
         )
+    yield from _transfer(config)
     most = stream.elastic.max_engines
     if most is not None and most < config.rollout.engines:
         yield Violation(

@@ -356,6 +356,12 @@ class StreamSection(Section):
     latency_profile: ConfigPath | None = Field(
         None, description="Measured latency of one engine, a file of scripts/measure_latency.py; `skew_aware` needs it."
     )
+    transfer: Literal["auto", "store", "nccl", "gloo", "ipc"] = Field(
+        "auto",
+        description="How weights travel: by Ray's object store (`auto` and `store`); or, by choice, directly from "
+        "trainer ranks to engines: `nccl` between GPUs, `gloo` between CPUs, `ipc` for engines that read the memory of "
+        "a colocated trainer. Engines that start later take a copy from the object store.",
+    )
     max_restarts: int = Field(3, ge=0, description="Engines that may die and be replaced during a run.")
     colocated: bool = Field(
         False,
@@ -497,6 +503,11 @@ class RunConfig(Section):
         if truncation != "auto":
             return truncation
         return 2.0 if self.stream.staleness and self.algorithm.old_logprobs == "recompute" else None
+
+    @property
+    def transfer_path(self) -> Literal["store", "nccl", "gloo", "ipc"]:
+        """How weights travel to engines."""
+        return "store" if self.stream.transfer == "auto" else self.stream.transfer
 
     @property
     def keeps_reference(self) -> bool:

@@ -10,6 +10,7 @@ from rl.config import RunConfig
 from rl.models.builder import Recompute
 from rl.rollout.config import EngineConfig
 from rl.rollout.dispatch import Dispatch, get_dispatch
+from rl.rollout.fleet import Engines
 from rl.rollout.latency import LatencyProfile
 from rl.rollout.pool import EnginePool
 from rl.rollout.predictors import LengthPredictor, get_predictor
@@ -113,7 +114,7 @@ def trainer_spec(config: RunConfig) -> TrainerSpec:
 
 
 def start_service(
-    config: RunConfig, pool: EnginePool, timeline: Timeline, stack: contextlib.ExitStack
+    config: RunConfig, pool: Engines, timeline: Timeline, stack: contextlib.ExitStack
 ) -> GenerationService:
     """The service over the engines, with the run's dispatch policy and predictor."""
     service = GenerationService(

@@ -32,14 +32,15 @@ from rl.orchestration.experience import Packing, with_length
 from rl.orchestration.feed import Feed
 from rl.orchestration.ray_instance import ray_instance
 from rl.orchestration.staleness import StalenessAccountant
+from rl.orchestration.transfer import WeightTransfer, send_weights
 from rl.progress import Progress
 from rl.rewards.loading import load_reward
 from rl.rewards.runner import RewardRunner
 from rl.rollout.config import Sampling
 from rl.rollout.pool import EnginePool
-from rl.rollout.service import GenerationService, UpdateReport
+from rl.rollout.service import GenerationService
 from rl.rollout.streams import GroupStream
-from rl.timeline import TRAINER, TRANSFER, Timeline
+from rl.timeline import TRAINER, Timeline
 from rl.training import checkpoint
 from rl.training.group import Trainer, TrainerDied
 from rl.training.passes import PassSettings
@@ -70,6 +71,7 @@ class Run:
         cursor: next prompt to take.
         ahead: plans iterations before they run, and knows where experts are.
         service: generates with the engines of ``pool``.
+        transfer: brings the trainer's weights to engines.
         timeline: what everybody did when.
         updating: the newest weight update, until somebody waited for it.
         ahead_of_training: batches start as soon as weights allow; not before the loop begins.
@@ -87,6 +89,7 @@ class Run:
     reward: RewardRunner
     pool: EnginePool
     service: GenerationService
+    transfer: WeightTransfer
     timeline: Timeline
     trainer: Trainer
     ledger: Ledger
@@ -230,32 +233,7 @@ class Run:
         Synchronous runs wait until every engine has them. Others go on: batches that these weights allow start when
         they have arrived, and what went wrong is raised by :meth:`check_updates`.
         """
-        self.check_updates()
-        self.trainer_turn()
-        with self.phase("export"):
-            chunks, manifest = self.trainer.export(self.config.engine_dtype)
-        self.engines_turn()
-        self.version += 1
-        version, steps, feed, began = self.version, self.step, self.feed, time.time()
-        feed.announce(version, steps)
-        arrived: Future[None] = Future()
-
-        def resolve(update: Future[UpdateReport]) -> None:
-            try:
-                report = update.result()
-                self.timeline.span(TRANSFER, f"weights of step {steps}", began, time.time(), {"version": version})
-                feed.delivered(version, steps)
-                if self.ahead_of_training:
-                    feed.admit()
-                arrived.set_result(None)
-                self.transfer_seconds = report.seconds
-            except BaseException as error:
-                arrived.set_exception(error)
-
-        self.service.update(version, chunks, manifest, self.config.stream.in_flight).add_done_callback(resolve)
-        self.updating = arrived
-        if not self.config.stream.staleness:
-            self.updated()
+        send_weights(self)
 
     def trainer_turn(self, keep_weights: bool = False) -> None:
         """Colocated: engines sleep, and the trainer comes back to the GPUs. Otherwise nothing.
@@ -367,7 +345,8 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
         if config.stream.colocated:
             pool.sleep()  # the trainer has the first turn
         timeline = Timeline(config.output_dir / "timeline.json" if config.stream.timeline else None)
-        service = start_service(config, pool, timeline, stack)
+        transfer = WeightTransfer(config, pool, trainer, timeline.span)
+        service = start_service(config, transfer.engines, timeline, stack)
         packing = Packing(trainer.spec.layout, config.trainer.tokens_per_micro_batch)
         ahead = stack.enter_context(Ahead.of_run(config, arch.topk, pool, trainer, packing))
         run = Run(
@@ -377,6 +356,7 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
             reward=reward,
             pool=pool,
             service=service,
+            transfer=transfer,
             timeline=timeline,
             trainer=trainer,
             ledger=ledger,

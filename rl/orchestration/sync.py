@@ -151,6 +151,7 @@ def one_step(state: Run) -> None:
         **{f"perf/time/{name}": value for name, value in state.seconds.items()},
         **{f"perf/memory_gib/{turn}": value for turn, value in state.memory_gib.items()},
         "perf/time/transfer": state.transfer_seconds,
+        "stream/transfer_fallbacks": float(state.transfer.engines.fallbacks),
     }
     record(state, batch.prompts, usable, trained, metrics)
     state.whole = True
