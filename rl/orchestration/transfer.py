@@ -152,7 +152,8 @@ class DirectEngines:
         direct, result = chunks[0], Future[float]()
 
         def from_copy(reason: str) -> None:
-            self.fallbacks += 1
+            with self._lock:
+                self.fallbacks += 1
             logger.warning("engine %d takes weights of version %d from the object store: %s", index, version, reason)
             direct.copy.add_done_callback(send_copy)
 
@@ -260,6 +261,10 @@ class WeightTransfer:
     def release(self) -> None:
         """Every engine has read what the trainer shares with it on its GPU."""
         self._ranks("release_shared")
+
+    def close(self) -> None:
+        """Wait for no copy any more."""
+        self._copies.shutdown(wait=False, cancel_futures=True)
 
     def _start_direct(self, settled: bool) -> Payload:
         self._finish_sending()
