@@ -1,5 +1,6 @@
 """The time line: idle fractions, named bubbles, rows that do not overlap, a file that a viewer reads."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_spans_of_a_row_do_not_overlap_and_windows_are_appended(tmp_path: Path) 
     for window in (events[:9], events[9:]):
         for row in {e["tid"] for e in window}:
             spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in window if e["tid"] == row)
-            assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+            assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
 
 
 def test_a_resumed_run_goes_on_writing(tmp_path: Path) -> None:
