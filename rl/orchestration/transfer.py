@@ -21,6 +21,7 @@ import ray
 import torch.distributed as dist
 
 from rl.config import RunConfig
+from rl.rollout.config import Sampling
 from rl.rollout.dispatcher import OnSpan
 from rl.rollout.fleet import Engines
 from rl.rollout.pool import EnginePool
@@ -34,6 +35,7 @@ from rl.transfer.links import Limits, Membership, Rendezvous, TransferError, sou
 from rl.transfer.plan import TransferPlan, plan_transfer
 from rl.transfer.receiver import Incoming, receiver_names
 from rl.transfer.sender import SendReport
+from rl.types import Prompt
 
 if TYPE_CHECKING:
     from rl.orchestration.setup import Run
@@ -122,8 +124,10 @@ class DirectEngines:
         future.add_done_callback(came_up)
         return future
 
-    def generate_on(self, index: int, *args: Any) -> Future[GroupOfSamples]:
-        return self.pool.generate_on(index, *args)
+    def generate_on(
+        self, index: int, prompt: Prompt, sample_ids: Sequence[str], sampling: Sampling, seed: int
+    ) -> Future[GroupOfSamples]:
+        return self.pool.generate_on(index, prompt, sample_ids, sampling, seed)
 
     def abort_on(self, index: int, sample_ids: Sequence[str]) -> Future[int]:
         return self.pool.abort_on(index, sample_ids)
