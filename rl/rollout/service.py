@@ -124,9 +124,11 @@ class GenerationService:
             wake=(lambda: None) if buffer_groups is None else lambda: dispatcher.post(lambda: None),
             close=lambda stream: dispatcher.post(lambda: dispatcher.close(stream)),
         )
+        # A length-aware policy must not start the long groups of a later stream before the short ones of this.
+        batch = dispatcher.next_order()
         pending = []
         for group, tokens in zip(groups, self._predict(prompts), strict=True):
-            view = WaitingGroup(group.prompt.uid, dispatcher.next_order(), n_samples, tokens)
+            view = WaitingGroup(group.prompt.uid, dispatcher.next_order(), n_samples, tokens, batch)
             pending.append(PendingGroup(stream, group, sampling, seed, view))
         dispatcher.post(lambda: dispatcher.submit(stream, pending), stream.end)
         return stream
