@@ -143,5 +143,5 @@ def _dispatch(config: RunConfig) -> Dispatch:
     if stream.dispatch == "skew_aware":
         assert stream.latency_profile is not None  # rl.config.rules
         profile = LatencyProfile.load(stream.latency_profile)
-        return get_dispatch("skew_aware", step_seconds=profile.step_seconds, fraction=stream.long_fraction)
+        return get_dispatch("skew_aware", step_seconds=profile, fraction=stream.long_fraction)
     return get_dispatch(stream.dispatch)

@@ -45,12 +45,18 @@ def synchronous(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, floa
         {"stream__colocated": True},
         {"stream__dispatch": "longest_first", "stream__predictor": "history"},
         {
+            "stream__dispatch": "skew_aware",
+            "stream__predictor": "ranker",
+            "stream__latency_profile": "benchmarks/data/latency-tiny-cpu.json",
+            "rollout__engines": 2,
+        },
+        {
             "stream__pipelining": True,
             "stream__chunk_tokens": 100,
             "balance": {"enabled": True, "foresight": True, "reorder": True, "reorder_by": "previous", "gate": False},
         },
     ],
-    ids=["pipelining", "two engines", "colocated", "longest first", "foresight"],
+    ids=["pipelining", "two engines", "colocated", "longest first", "skew aware", "foresight"],
 )
 def test_nothing_stale_the_same_numbers(
     tmp_path: Path, synchronous: list[dict[str, float]], changes: dict[str, Any]
