@@ -26,6 +26,7 @@ from rl.types import Sample
 SAMPLES_SHOWN = 4
 CHARACTERS_SHOWN = 1200
 PHASE_PREFIX = "perf/time/"
+BESIDE_OTHERS = ("reward", "export", "transfer")  # phases inside others or beside them: no part of a sum
 
 Metrics = Mapping[int, Mapping[str, float]]
 
@@ -187,6 +188,24 @@ LINE_PANELS = (
         optional=True,
     ),
     _LinePanel(
+        "idle",
+        "Idle time",
+        "fraction of the iteration",
+        (_Line("stream/engine_idle_fraction", "engines"), _Line("stream/trainer_idle_fraction", "trainer")),
+        "What overlapping generation and training could still save; timeline.json shows where it is.",
+        limits=(0, None),
+        optional=True,
+    ),
+    _LinePanel(
+        "staleness",
+        "Staleness",
+        "training steps",
+        (_Line("stream/staleness/mean", "mean over tokens"), _Line("stream/staleness/max", "oldest token")),
+        "How many steps old the weights were that response tokens were sampled with.",
+        limits=(0, None),
+        optional=True,
+    ),
+    _LinePanel(
         "throughput", "Throughput", "tokens/s", (_Line("perf/tokens_per_second", "tokens/s"),), limits=(0, None)
     ),
     _LinePanel(
@@ -290,7 +309,9 @@ def _times(metrics: Metrics, ledger: Ledger) -> dict[int, dict[str, float]]:
     found: dict[int, dict[str, float]] = {}
     for step, values in metrics.items():
         phases = {
-            name.removeprefix(PHASE_PREFIX): value for name, value in values.items() if name.startswith(PHASE_PREFIX)
+            name.removeprefix(PHASE_PREFIX): value
+            for name, value in values.items()
+            if name.startswith(PHASE_PREFIX) and name.removeprefix(PHASE_PREFIX) not in BESIDE_OTHERS
         }
         if phases:
             found[step] = phases
