@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 SERIES_COUNT = 7
 # Placeholders that become CSS variables of the page.
@@ -108,9 +108,11 @@ def line_chart(
         finite = [value for line in shown for _, value in line.points if math.isfinite(value)]
         if log_scale and finite and min(finite) > 0:
             axes.set_yscale("log")
-            # Within a decade the default labels minor ticks as "6 x 10^-7", which is cut off at the left edge.
-            for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                axis_formatter(FuncFormatter(_scientific))
+            # Within a decade the default labels minor ticks as "6 x 10^-7", which is cut off at the left edge; over
+            # several, minor ticks need no labels.
+            axes.yaxis.set_major_formatter(FuncFormatter(_scientific))
+            decades = math.log10(max(finite) / min(finite))
+            axes.yaxis.set_minor_formatter(FuncFormatter(_scientific) if decades < 1 else NullFormatter())
         elif limits != (None, None):
             axes.set_ylim(bottom=limits[0], top=limits[1])
         _dress(axes, xlabel)
