@@ -119,6 +119,8 @@ class Member:
             tensor = torch.zeros(spec.shape, dtype=torch.int16, device=self.device)
             if values:
                 tensor.random_(-(2**15), 2**15, generator=generator)
+                # No exponent of ones: CUDA's copy of many tensors at once turns every NaN into the same one.
+                tensor.bitwise_and_(~0x80)
             self.tensors[spec.name] = tensor.view(torch.bfloat16)
 
     def checksums(self) -> dict[str, int]:

@@ -273,11 +273,6 @@ def _machine(config: RunConfig) -> Iterator[Violation]:
             "bfloat16 engines on CPUs are not tested; set it (or model.dtype) to float32, or allow_untested: true.",
             ("model.dtype", "rollout.device"),
         )
-    if config.rollout.device == "cuda" and not config.allow_untested:
-        yield Violation(
-            "rollout.device",
-            "engines on GPUs have not been run yet; set it to cpu, or allow_untested: true.",
-        )
     needed = config.trainer.ranks + config.rollout.engines * config.rollout.tensor_parallel
     if config.ray.address is not None:
         for name in ("num_cpus", "temp_dir"):

@@ -160,6 +160,9 @@ class RolloutEngine:
             arguments["max_num_batched_tokens"] = config.max_num_batched_tokens
         if config.capture_routes and model_files.is_moe(Path(config.model_path)):
             arguments["enable_return_routed_experts"] = True
+        if config.device == "cuda":
+            # Only demanded free at the start: the key-value cache has a size of its own, and a trainer may be there.
+            arguments["gpu_memory_utilization"] = 0.01
         if config.device == "cpu":
             arguments["worker_cls"] = "rl.rollout.cpu_worker.RolloutCPUWorker"
         vllm = compat.engine_api()

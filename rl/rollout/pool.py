@@ -74,13 +74,13 @@ class EnginePool:
         self._stopped = False
         self._share = share
         self._service: GenerationService | None = None
-        self._actor = ray.remote(EngineActor).options(
-            num_cpus=1,
-            num_gpus=config.tensor_parallel if config.device == "cuda" else 0,
-            max_concurrency=_CALLS_PER_ENGINE,
-            max_restarts=0,
-            runtime_env={"env_vars": engine_environment(config.device) | (environment or {})},
-        )
+        self._options: dict[str, Any] = {
+            "num_cpus": 1,
+            "num_gpus": config.tensor_parallel if config.device == "cuda" else 0,
+            "max_concurrency": _CALLS_PER_ENGINE,
+            "max_restarts": 0,
+            "runtime_env": {"env_vars": engine_environment(config.device) | (environment or {})},
+        }
         try:
             calls = {index: self._make(index).start.remote() for index in range(engines)}
             self.infos = self._all(calls, config.start_timeout_s, "its start")
@@ -251,7 +251,8 @@ class EnginePool:
     def _make(self, index: int) -> Any:
         if self._stopped:
             raise EngineDied(f"engine {index}: not started, the pool was stopped")
-        actor = self._actor if self._share is None else self._actor.options(**self._share.options(index))
+        place = {} if self._share is None else self._share.options(index)
+        actor = ray.remote(EngineActor).options(**self._options | place)
         handle = actor.remote(replace(self.config, seed=self.config.seed + index), index)
         self.handles.extend([None] * (index + 1 - len(self.handles)))
         self.handles[index] = handle

@@ -88,14 +88,16 @@ class Trainer:
         self.steps = 0  # optimizer steps so far, what micro-batch keys count
         self._set: Counts | None = None  # what the chunks of the open set learn from
         world = spec.layout.world
-        actor = ray.remote(TrainerActor).options(
-            num_cpus=1,
-            num_gpus=1 if backend == "nccl" else 0,
-            max_restarts=0,
-            runtime_env={"env_vars": trainer_environment(backend) | (environment or {})},
-        )
+        options: dict[str, Any] = {
+            "num_cpus": 1,
+            "num_gpus": 1 if backend == "nccl" else 0,
+            "max_restarts": 0,
+            "runtime_env": {"env_vars": trainer_environment(backend) | (environment or {})},
+        }
+        actor = ray.remote(TrainerActor)
         self.handles = [
-            (actor if share is None else actor.options(**share.options(rank))).remote(rank) for rank in range(world)
+            actor.options(**options | (share.options(rank) if share is not None else {})).remote(rank)
+            for rank in range(world)
         ]
         try:
             address = self._all([self.handles[0].listen_address.remote()], self.limits.start_s, "its address")[0]

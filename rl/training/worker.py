@@ -452,7 +452,8 @@ def reset_optimizer_state(optimizer: Any) -> None:
                 state = adam.state[p]
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = torch.zeros_like(p)
-                if "step" not in group:  # TE's fused Adam counts per group, torch's per parameter
+                # TE's fused Adam counts per group, from its first step on; torch's per parameter.
+                if "step" not in group and not hasattr(adam, "name_to_dtype_map"):
                     state["step"] = torch.zeros((), dtype=torch.float32)
             if "step" in group:
                 group["step"] = 0
