@@ -116,6 +116,8 @@ def configuration(mode: str, arguments: argparse.Namespace, directory: Path) -> 
         config["rollout"]["max_model_len"] = 512 + arguments.longest
         config["warmup"] = {"steps": 0}
         config["ray"] = {"object_store_mib": 8192}
+        # Gigabytes of optimizer states are written at the start and the end otherwise.
+        config["checkpoint"]["save_optimizer"] = False
     return config
 
 
