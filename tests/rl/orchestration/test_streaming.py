@@ -107,7 +107,10 @@ def test_prompts_once_whatever_is_killed(tmp_path: Path) -> None:
     for _ in range(2):
         command = Command(config, "--resume", "auto")
         try:
-            command.wait_for(lambda c=command: len(c.actors("EngineActor")) >= 2 and c.steps() >= 1, 180, "a step")
+            begin = command.steps()
+            command.wait_for(
+                lambda c=command, b=begin: len(c.actors("EngineActor")) >= 2 and c.steps() > b, 180, "a step"
+            )
             rng.choice(command.actors("EngineActor")).send_signal(signal.SIGKILL)
             time.sleep(rng.uniform(0, 3))
             if command.process.poll() is None:
@@ -117,7 +120,8 @@ def test_prompts_once_whatever_is_killed(tmp_path: Path) -> None:
             command.kill()
     command = Command(config, "--resume", "auto")
     try:
-        command.wait_for(lambda: len(command.actors("EngineActor")) >= 2, 180, "engines")
+        begin = command.steps()
+        command.wait_for(lambda: len(command.actors("EngineActor")) >= 2 and command.steps() > begin, 180, "a step")
         rng.choice(command.actors("EngineActor")).send_signal(signal.SIGKILL)
         assert command.end(300) == 0, command.output()[-3000:]
     finally:
