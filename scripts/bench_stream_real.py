@@ -41,6 +41,7 @@ sys.path.insert(0, str(ROOT))
 from rl.ledger import Ledger  # noqa: E402
 from rl.metrics import read_metrics  # noqa: E402
 from rl.orchestration.experience import with_length  # noqa: E402
+from rl.timeline import read_timeline  # noqa: E402
 from rl.types import Prompt  # noqa: E402
 from scripts.machine import hardware  # noqa: E402
 
@@ -208,9 +209,15 @@ def simulator_row(row: Row, arguments: argparse.Namespace, directory: Path) -> d
         "transfer_seconds": statistics.median(
             m["perf/time/weight_update"] if mode != "async" else m["perf/time/export"] for m in every[SKIPPED:]
         ),
-        "update_seconds": row.transfer_s,
+        "update_seconds": _update_seconds(directory / row.mode / "timeline.json"),
         "steps": steps,
     }
+
+
+def _update_seconds(timeline: Path) -> float:
+    """Median time that an engine stands still for new weights."""
+    spans = [e["dur"] / 1e6 for e in read_timeline(timeline) if e["ph"] == "X" and e["name"].startswith("update ")]
+    return statistics.median(spans)
 
 
 def _prompt(epoch: int, ordinal: int) -> Prompt:

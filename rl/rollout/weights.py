@@ -20,14 +20,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rl.rollout import compat
-from rl.transfer.ipc import IpcHandles
-from rl.transfer.links import Membership, TransferError
-from rl.transfer.receiver import Incoming, Receiver, receiver_name
+
+if TYPE_CHECKING:  # they import torch, which who only checks manifests does without
+    from rl.transfer.links import Membership
+    from rl.transfer.receiver import Receiver
 
 Manifest = Mapping[str, Sequence[int]]
 _SHOWN = 5
@@ -125,6 +126,10 @@ def fetch(chunks: Iterable[Any], timeout_s: float, receiver: Receiver | None = N
         TimeoutError: a chunk did not arrive in time.
         TransferError: a direct transfer broke off, or this worker has joined none.
     """
+    from rl.transfer.ipc import IpcHandles
+    from rl.transfer.links import TransferError
+    from rl.transfer.receiver import Incoming
+
     for number, chunk in enumerate(chunks):
         if isinstance(chunk, Incoming):
             if receiver is None:
@@ -190,6 +195,8 @@ class WeightUpdateExtension:
         Raises:
             TransferTimeout: naming the members that did not come.
         """
+        from rl.transfer.receiver import Receiver, receiver_name
+
         if self._ultraep_receiver is None:
             name = receiver_name(engine, self.rank)
             self._ultraep_receiver = Receiver(name, next(self.model_runner.model.parameters()).device)
