@@ -108,6 +108,13 @@ def transfer(config: RunConfig) -> Iterator[Violation]:
             f"{what}, which this run is not; use store.",
             ("stream.colocated", "rollout.device", "trainer.backend"),
         )
+    elif path in ("nccl", "ipc") and not config.allow_untested:
+        yield Violation(
+            "stream.transfer",
+            f"{path} has not carried weights in a run yet, and its bits are not verified; use store, or "
+            "allow_untested: true.",
+            ("rollout.device", "trainer.backend"),
+        )
     if stream.staleness and stream.in_flight == "finish":
         yield Violation(
             "stream.transfer",

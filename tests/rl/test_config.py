@@ -298,6 +298,11 @@ BROKEN = [
     ([("stream.dispatch", "longest_first")], "stream.predictor", "predicted lengths"),
     ([("stream.transfer", "nccl")], "stream.transfer", "between GPUs"),
     ([("stream", {"transfer": "ipc", "colocated": True})], "stream.transfer", "shares its GPU"),
+    (
+        [("stream.transfer", "nccl"), ("rollout.device", "cuda"), ("trainer.backend", "nccl")],
+        "stream.transfer",
+        "not verified",
+    ),
     ([("stream", {"transfer": "gloo", "staleness": 1})], "stream.transfer", "in_flight"),
     ([("stream", {"transfer": "gloo", "elastic": {"max_engines": 2}})], "stream.transfer", "elastic"),
     ([("stream", {"dispatch": "skew_aware", "predictor": "history"})], "stream.latency_profile", "measure_latency"),
