@@ -1,6 +1,14 @@
 """One pass of one model over a mini-batch: pack, replay, run the schedule, account for what routers consumed.
 
-    set routes of every micro-batch -> run Megatron's stock schedule -> finish: all consumed, digests, differences
+    prepare: set routes of every micro-batch, keys, forward step, shapes
+    run it: Megatron's stock schedule, or whatever schedules several models together
+    finish: all consumed, digests, differences
+
+A pass is prepared apart from being run, so that passes of two models can run interleaved:
+
+    with actor.prepare(...) as first, critic.prepare(...) as second:
+        kept = executor.run(...)                       # calls first.forward_step and second.forward_step
+        reports = first.finish(), second.finish()
 
 The micro-batch key is entered here, in the forward step, and nowhere else.
 """
@@ -9,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -69,6 +78,49 @@ class PassSettings:
     with_entropy: bool = False
 
 
+ForwardStep = Callable[[Iterator[Any], Any], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class PreparedPass:
+    """A pass that is ready to run, by any schedule that runs every micro-batch of every chunk once.
+
+    A context: when it ends, however, routes that were set are forgotten.
+
+    Attributes:
+        model: what runs.
+        forward_step: Megatron's ``forward_step_func(data_iterator, chunk)``; enters the micro-batch key. Backward runs
+            outside it: what recomputes carries its key along.
+        iterators: one per chunk of the model, each yields every micro-batch once in order; what ``forward_step`` takes.
+        rows: of each micro-batch of this rank, padding included: all its stages see as many.
+        keys: of the micro-batches.
+        forward_only: no backward.
+        finish: call it when all micro-batches have run; what routers did, empty unless routes were replayed.
+        release: forgets routes.
+    """
+
+    model: BuiltModel
+    forward_step: ForwardStep
+    iterators: tuple[Iterator[Any], ...]
+    rows: tuple[int, ...]
+    keys: tuple[MicroBatchKey, ...]
+    forward_only: bool
+    finish: Callable[[], RouteReport]
+    release: Callable[[], None]
+
+    @property
+    def microbatches(self) -> int:
+        return len(self.rows)
+
+    def __enter__(self) -> PreparedPass:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
 class PassRunner:
     """Runs passes of one model on this rank.
 
@@ -85,7 +137,7 @@ class PassRunner:
         layout = model.groups.layout
         self._schedule = compat.forward_backward_function(layout.pp, layout.vpp, model.config, model.groups.collection)
 
-    def run(
+    def prepare(
         self,
         batch: MiniBatch,
         *,
@@ -95,28 +147,14 @@ class PassRunner:
         per_micro_batch: Callable[[torch.Tensor, PackedTensors, MicroBatch], Any],
         forward_only: bool,
         first_micro_batch: int = 0,
-    ) -> tuple[list[Any], RouteReport]:
-        """Run every micro-batch of this rank.
+    ) -> PreparedPass:
+        """Make every micro-batch of this rank ready; see :meth:`run` for the arguments.
 
-        Args:
-            batch: this data-parallel rank's part.
-            pass_, step: of the micro-batch keys.
-            routes: ``"replay"`` the captured ones, or let each router choose its ``"own"``.
-            per_micro_batch: on the last stage, from logits ``[rows, vocab/tp]`` to what the schedule keeps: anything
-                when ``forward_only``, else ``(loss, anything)``.
-            forward_only: no backward.
-            first_micro_batch: what the keys count from: micro-batches of earlier chunks of the same step.
-
-        Returns:
-            what ``per_micro_batch`` gave, per micro-batch in order (empty but on the last stage), and what routers did.
+        One pass of a model at a time: the next may be prepared when this one was released.
         """
-        layout = self.model.groups.layout
         mine = batch.layout.micro_batches[self.model.groups.coordinates["dp"]]
         keys = [MicroBatchKey(self.model.name, pass_, step, first_micro_batch + i) for i in range(len(mine))]
         replaying = self.replay is not None and routes == "replay"
-
-        def micro_batches() -> Iterator[tuple[MicroBatchKey, MicroBatch]]:
-            yield from zip(keys, mine, strict=True)
 
         def forward_step(iterator: Iterator[tuple[MicroBatchKey, MicroBatch]], chunk: Any) -> tuple[Any, Any]:
             key, micro_batch = next(iterator)
@@ -134,27 +172,80 @@ class PassRunner:
 
             return output, on_last_stage
 
-        chunks = self.model.run_chunks()
+        def release() -> None:
+            if self.replay is not None:
+                self.replay.clear()
+
         try:
             if replaying:
                 self._set_routes(keys, mine, batch)
             elif self.replay is not None:
                 self.replay.let_routers_choose(self.model.name, pass_)
-            with torch.set_grad_enabled(not forward_only):
-                kept = self._schedule(
-                    forward_step_func=forward_step,
-                    data_iterator=[micro_batches() for _ in chunks] if layout.vpp else micro_batches(),
-                    model=list(chunks) if layout.vpp else chunks[0],
-                    num_microbatches=len(mine),
-                    seq_length=max(m.rows for m in mine),
-                    micro_batch_size=1,
-                    forward_only=forward_only,
-                    collect_non_loss_data=forward_only,
-                )
-            return list(kept), self._report(keys, mine, batch) if replaying else RouteReport()
-        finally:
-            if self.replay is not None:
-                self.replay.clear()
+        except BaseException:
+            release()
+            raise
+        return PreparedPass(
+            model=self.model,
+            forward_step=forward_step,
+            iterators=tuple(iter(list(zip(keys, mine, strict=True))) for _ in self.model.run_chunks()),
+            rows=tuple(micro_batch.rows for micro_batch in mine),
+            keys=tuple(keys),
+            forward_only=forward_only,
+            finish=lambda: self._report(keys, mine, batch) if replaying else RouteReport(),
+            release=release,
+        )
+
+    def run(
+        self,
+        batch: MiniBatch,
+        *,
+        pass_: Pass,
+        step: int,
+        routes: RouteMode,
+        per_micro_batch: Callable[[torch.Tensor, PackedTensors, MicroBatch], Any],
+        forward_only: bool,
+        first_micro_batch: int = 0,
+    ) -> tuple[list[Any], RouteReport]:
+        """Run every micro-batch of this rank, in Megatron's stock schedule.
+
+        Args:
+            batch: this data-parallel rank's part.
+            pass_, step: of the micro-batch keys.
+            routes: ``"replay"`` the captured ones, or let each router choose its ``"own"``.
+            per_micro_batch: on the last stage, from logits ``[rows, vocab/tp]`` to what the schedule keeps: anything
+                when ``forward_only``, else ``(loss, anything)``.
+            forward_only: no backward.
+            first_micro_batch: what the keys count from: micro-batches of earlier chunks of the same step.
+
+        Returns:
+            what ``per_micro_batch`` gave, per micro-batch in order (empty but on the last stage), and what routers did.
+        """
+        with self.prepare(
+            batch,
+            pass_=pass_,
+            step=step,
+            routes=routes,
+            per_micro_batch=per_micro_batch,
+            forward_only=forward_only,
+            first_micro_batch=first_micro_batch,
+        ) as prepared:
+            return self.run_prepared(prepared), prepared.finish()
+
+    def run_prepared(self, prepared: PreparedPass) -> list[Any]:
+        """Run a prepared pass of this model alone; what the last stage kept, see :meth:`run`."""
+        chunks, interleaved = self.model.run_chunks(), self.model.groups.layout.vpp
+        with torch.set_grad_enabled(not prepared.forward_only):
+            kept = self._schedule(
+                forward_step_func=prepared.forward_step,
+                data_iterator=list(prepared.iterators) if interleaved else prepared.iterators[0],
+                model=list(chunks) if interleaved else chunks[0],
+                num_microbatches=prepared.microbatches,
+                seq_length=max(prepared.rows),
+                micro_batch_size=1,
+                forward_only=prepared.forward_only,
+                collect_non_loss_data=prepared.forward_only,
+            )
+        return list(kept)
 
     def logprobs(
         self,
