@@ -193,6 +193,16 @@ def distributed_data_parallel(
     return wrapped
 
 
+def gather_rows(rows: torch.Tensor, tp_group: Any) -> torch.Tensor:
+    """From each tensor-parallel rank's part of the rows ``[rows/tp, ...]`` to all rows, on every rank.
+
+    Backward gives each rank its part of the gradient: right when all ranks have the same loss of all rows.
+    """
+    from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+    return gather_from_sequence_parallel_region(rows, tensor_parallel_output_grad=False, group=tp_group)
+
+
 def fuse_weight_gradients(chunks: Sequence[torch.nn.Module]) -> None:
     """Let Transformer Engine's linear layers add weight gradients to ``main_grad`` in their kernels.
 

@@ -35,6 +35,8 @@ class Architecture:
         rope_theta: base of the rotary embedding.
         max_positions: longest sequence the model is made for.
         dtype: dtype name in the config, e.g. ``"bfloat16"``.
+        scalar_head: gives one number per row instead of the vocabulary, as Hugging Face's sequence classification with
+            one label does; see ``rl.models.critic``.
     """
 
     family: str
@@ -57,6 +59,7 @@ class Architecture:
     rope_theta: float
     max_positions: int
     dtype: str
+    scalar_head: bool = False
 
     @property
     def is_moe(self) -> bool:

@@ -34,6 +34,9 @@ class Logical:
     expert: int | None = None
 
 
+SCALAR_HEAD = "score.weight"
+"""Hugging Face's name of the head that gives one number per row, ``[1, hidden]``."""
+
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT_LOCAL = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
 _EXPERT_GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")
@@ -87,6 +90,8 @@ def logical(name: str, arch: Architecture, *, layer_of: dict[int, int], experts:
     """
     if name == "embedding.word_embeddings.weight":
         return Logical((-1, 0, 0), ("model.embed_tokens.weight",), "vocab", 0)
+    if name == "output_layer.weight" and arch.scalar_head:
+        return Logical((arch.layers, 1, 0), (SCALAR_HEAD,))
     if name == "output_layer.weight":
         return None if arch.tied else Logical((arch.layers, 1, 0), ("lm_head.weight",), "vocab", 0)
     if name == "decoder.final_layernorm.weight":

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -104,8 +105,13 @@ def _joined(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def load_weights(model: BuiltModel, directory: str | Path) -> None:
+def load_weights(model: BuiltModel, directory: str | Path, *, optional: Container[str] = ()) -> None:
     """Fill this rank's parameters from a Hugging Face directory; values are cast to the parameters' dtype.
+
+    Args:
+        model: whose parameters.
+        directory: of the model.
+        optional: names of tensors that files may lack; their parameters stay as they are.
 
     Raises:
         FileNotFoundError, KeyError: files or tensors that are missing.
@@ -114,6 +120,8 @@ def load_weights(model: BuiltModel, directory: str | Path) -> None:
     files = ModelFiles(directory)
     for local in local_parameters(model):
         rank, size, _, _ = _expert_or_dense(model, local.logical)
+        if any(name in optional and name not in files.tensors for name in local.logical.hf):
+            continue
         tensors = [files.read(name) for name in local.logical.hf]
         value = to_megatron(tensors, local.logical, model.arch, rank, size)
         if value.shape != local.parameter.shape:
@@ -163,13 +171,18 @@ def holdings(model: BuiltModel, dtype: str) -> list[Holding]:
     """
     found = []
     for local in local_parameters(model):
-        _, size, group, _ = _expert_or_dense(model, local.logical)
-        # Shapes of the whole tensors from the code that makes them, without data.
-        parts = [torch.empty(local.parameter.shape, device="meta") for _ in range(size)]
-        whole = to_hugging_face(parts, local.logical, model.arch)
-        specs = tuple(TensorSpec(name, tuple(t.shape), dtype) for name, t in zip(local.logical.hf, whole, strict=True))
+        group = _expert_or_dense(model, local.logical)[2]
+        shapes = _whole_shapes(model, local)
+        specs = tuple(TensorSpec(name, shape, dtype) for name, shape in zip(local.logical.hf, shapes, strict=True))
         found.append(Holding(local.logical.key, specs, dist.get_process_group_ranks(group)[0]))
     return found
+
+
+def _whole_shapes(model: BuiltModel, local: LocalParameter) -> list[tuple[int, ...]]:
+    """Of a parameter's Hugging Face tensors: from the code that makes them, without data."""
+    _, size, _, _ = _expert_or_dense(model, local.logical)
+    parts = [torch.empty(local.parameter.shape, device="meta") for _ in range(size)]
+    return [tuple(t.shape) for t in to_hugging_face(parts, local.logical, model.arch)]
 
 
 def _export_one(
@@ -228,3 +241,45 @@ def save_hf(model: BuiltModel, source: str | Path, target: str | Path) -> None:
 def _hands_over_alone(model: BuiltModel, local: LocalParameter) -> bool:
     rank, _, _, hands_over = _expert_or_dense(model, local.logical)
     return hands_over and rank == 0
+
+
+@torch.no_grad()
+def copy_weights(source: BuiltModel, target: BuiltModel) -> None:
+    """Give one model the weights of another of any layout; a collective of all ranks of both, which are the same.
+
+    Every parameter is gathered where it is at home and sent to all ranks, one at a time. What only one of the two has
+    (a head of another kind) stays as it is.
+
+    Raises:
+        ValueError: tensors of different shapes.
+    """
+    world = source.groups.collection.intra_dist_opt
+    members = dist.get_process_group_ranks(world)
+    mine = {p.logical.key: p for p in local_parameters(source)}
+    theirs = {p.logical.hf: p for p in local_parameters(target)}
+    told: list[Any] = [None] * source.groups.layout.world
+    handing = [
+        (p.logical.key, p.logical.hf, _whole_shapes(source, p)) for p in mine.values() if _hands_over_alone(source, p)
+    ]
+    dist.all_gather_object(told, handing, group=world)
+    owners = sorted((key, rank, hf, shapes) for rank, parts in enumerate(told) for key, hf, shapes in parts)
+    for key, owner, hf, shapes in owners:
+        # All ranks of a tensor-parallel group gather, though one hands over.
+        tensors = [t for _, t in _export_one(source, mine[key], "parameter")] if key in mine else []
+        if source.groups.rank == owner:
+            tensors = [t.contiguous() for t in tensors]
+        else:
+            tensors = [torch.empty(shape, dtype=source.dtype, device=source.device) for shape in shapes]
+        for tensor in tensors:
+            dist.broadcast(tensor, src=members[owner], group=world)
+        local = theirs.get(hf)
+        if local is None:
+            continue
+        rank, size, _, _ = _expert_or_dense(target, local.logical)
+        value = to_megatron(tensors, local.logical, target.arch, rank, size)
+        if value.shape != local.parameter.shape:
+            raise ValueError(
+                f"{hf}: expected values for {local.name} of shape {tuple(local.parameter.shape)} in {target.name}, got "
+                f"{tuple(value.shape)} from {source.name}: both must be of one architecture"
+            )
+        local.parameter.copy_(value)
