@@ -124,22 +124,28 @@ class Trainer:
         settings: PassSettings,
         plans: PassPlans | None = None,
         first_micro_batch: int = 0,
+        ranks: Sequence[int] | None = None,
     ) -> tuple[dict[str, np.ndarray], RouteReport]:
         """Log-probs of the learnt tokens of all samples, ``[T]`` each aligned with tokens, and what routers did.
 
         Plans were made ahead, of the actor's pass; None plans on exact loads. Passes over several chunks of one step
         count micro-batches on from chunk to chunk, each from its ``first_micro_batch``.
+
+        Args:
+            ranks: that take part: whole replicas of the model (``rl.orchestration.blocks``), between which a forward
+                pass communicates nothing; the batch has micro-batches for no others. None: all.
         """
         parts, ahead = self._parts(batch), self._plans(plans)
+        chosen = range(len(self.handles)) if ranks is None else ranks
         calls = [
-            handle.logprobs.remote(
+            self.handles[rank].logprobs.remote(
                 parts[self._dp(rank)], model, pass_, self.steps, routes, settings, ahead[rank], first_micro_batch
             )
-            for rank, handle in enumerate(self.handles)
+            for rank in chosen
         ]
         merged: dict[str, np.ndarray] = {}
         total = RouteReport()
-        for values, report in self._all(calls, self.limits.step_s, f"log-probs of the {model}"):
+        for values, report in self._all(calls, self.limits.step_s, f"log-probs of the {model}", chosen):
             merged |= values
             total.rows += report.rows
             total.differing += report.differing
@@ -224,9 +230,11 @@ class Trainer:
         """
         return merge_reports(self._call("offload", what, limit=self.limits.step_s))
 
-    def onload(self, what: Sequence[Part] | None = None) -> OffloadReport:
-        """Bring back what was offloaded, or some of it."""
-        return merge_reports(self._call("onload", what, limit=self.limits.step_s))
+    def onload(self, what: Sequence[Part] | None = None, ranks: Sequence[int] | None = None) -> OffloadReport:
+        """Bring back what was offloaded, or some of it, on all ranks or some."""
+        chosen = range(len(self.handles)) if ranks is None else ranks
+        calls = [self.handles[rank].onload.remote(what) for rank in chosen]
+        return merge_reports(self._all(calls, self.limits.step_s, "onload", chosen))
 
     def memory(self) -> list[MemoryReport]:
         """What each rank takes."""
@@ -321,10 +329,11 @@ class Trainer:
     def _call(self, name: str, *args: Any, limit: float) -> list[Any]:
         return self._all([getattr(handle, name).remote(*args) for handle in self.handles], limit, name)
 
-    def _all(self, calls: Sequence[Any], limit_s: float, what: str) -> list[Any]:
-        """Results by rank, within one limit; the first failure of any rank ends the wait."""
+    def _all(self, calls: Sequence[Any], limit_s: float, what: str, ranks: Sequence[int] | None = None) -> list[Any]:
+        """Results of calls to ranks (all by default), within one limit; the first failure of any ends the wait."""
         deadline = time.monotonic() + limit_s
-        rank_of = {call: rank for rank, call in enumerate(calls)}
+        asked = range(len(calls)) if ranks is None else ranks
+        rank_of = dict(zip(calls, asked, strict=True))
         results: dict[int, Any] = {}
         waiting = list(calls)
         while waiting:
@@ -343,7 +352,7 @@ class Trainer:
             except ray.exceptions.RayTaskError as error:
                 self._name_the_dead(waiting, rank_of, what)
                 raise TrainerDied(f"trainer rank {rank} failed at {what}: {error}") from error
-        return [results[rank] for rank in range(len(calls))]
+        return [results[rank] for rank in asked]
 
     @staticmethod
     def _name_the_dead(waiting: Sequence[Any], rank_of: Mapping[Any, int], what: str) -> None:
