@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import queue
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -390,8 +392,6 @@ def checkpoint_metadata(groups: Any, *, distributed_optimizer: bool) -> dict[str
 
 def save_checkpoint(state: dict[str, Any], directory: str) -> None:
     """Write a distributed checkpoint; returns when it is on disk."""
-    import queue
-
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -399,7 +399,32 @@ def save_checkpoint(state: dict[str, Any], directory: str) -> None:
     # behind when the rank is killed.
     if getattr(filesystem_async, "_results_queue", None) is None:
         filesystem_async._results_queue = queue.Queue()
+    _write_in_threads(filesystem_async.FileSystemWriterAsync)
     dist_checkpointing.save(state, directory)
+
+
+def _write_in_threads(writer: Any) -> None:
+    """Before 0.19 forks of the rank write its files; let threads do it, as from 0.19 on.
+
+    A fork holds the rank's sockets. When the rank is killed meanwhile, and its fork hangs (it was made of a process of
+    many threads), neither its peers nor Ray see a connection close: they wait for their time limits.
+    """
+    if not hasattr(writer, "write_preloaded_data_multiproc"):
+        return
+
+    def write(transforms: Any, use_msc: bool, rank: int, buckets: Sequence[Any], into: Any) -> None:
+        written: queue.Queue[tuple[int, Any]] = queue.Queue()
+        begun: queue.Queue[int] = queue.Queue()
+        more = {"use_msc": True} if use_msc else {}
+        with ThreadPoolExecutor(max(1, len(buckets)), "checkpoint") as threads:
+            for i, bucket in enumerate(buckets):
+                begun.put(i)
+                threads.submit(writer.write_preloaded_data, transforms, i, bucket, written, begun, True, **more)
+        by_bucket = dict(written.get_nowait() for _ in buckets)
+        failed = next((result for result in by_bucket.values() if isinstance(result, Exception)), None)
+        into.put(by_bucket if failed is None else failed)
+
+    writer.write_preloaded_data_multiproc = staticmethod(write)
 
 
 def load_checkpoint(state: dict[str, Any], directory: str) -> dict[str, Any]:
