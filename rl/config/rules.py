@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rl.config.fusion_rules import fuse
 from rl.config.sections import RunConfig, SourceSection
 from rl.config.stream_rules import stream
 from rl.config.violations import Rule, Violation
@@ -449,6 +450,7 @@ RULES: tuple[Rule, ...] = (
     _routes,
     _importance,
     stream,
+    fuse,
     _warmup,
     _evaluation,
 )

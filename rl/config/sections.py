@@ -10,9 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from megatron_ultraep.config import BalanceConfig, option_help
+from rl.config.base import Section
+from rl.config.fusion import FuseSection
 
 ConfigPath = Annotated[Path, Field(strict=False)]
 """A path; relative ones are relative to the directory the command was started in."""
@@ -24,12 +26,6 @@ Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Seconds = Annotated[float, Field(gt=0)]
 Dtype = Literal["float32", "bfloat16", "float64"]
 RouteSource = Literal["replay", "own"]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are refused, values are strict and frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_by_name=True, validate_by_alias=True)
 
 
 class Limits(Section):
@@ -463,6 +459,7 @@ class RunConfig(Section):
     trainer: TrainerSection = Field(default_factory=TrainerSection, description=TrainerSection.__doc__)
     balance: BalanceSection = Field(default_factory=BalanceSection, description=BalanceSection.__doc__)
     stream: StreamSection = Field(default_factory=StreamSection, description=StreamSection.__doc__)
+    fuse: FuseSection = Field(default_factory=FuseSection, description=FuseSection.__doc__)
     algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection, description=AlgorithmSection.__doc__)
     warmup: WarmupSection = Field(default_factory=WarmupSection, description=WarmupSection.__doc__)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description=EvaluationSection.__doc__)
@@ -513,3 +510,8 @@ class RunConfig(Section):
     def keeps_reference(self) -> bool:
         """Whether a reference model is needed."""
         return self.algorithm.kl.coef > 0
+
+    @property
+    def infers(self) -> bool:
+        """Whether there are passes over samples before training's own: old log-probs, reference."""
+        return self.algorithm.old_logprobs == "recompute" or self.keeps_reference

@@ -202,6 +202,16 @@ def test_the_message_lists_one_violation_per_line():
 EP4 = [("trainer.ranks", 4), ("trainer.parallel.ep", 4)]
 TWO_TP = [("trainer.ranks", 2), ("trainer.parallel.tp", 2), ("trainer.sequence_parallel", True)]
 
+TAIL_ON_GPUS = [
+    ("fuse.tail.enabled", True),
+    ("fuse.tail.threshold", 8),
+    ("stream.colocated", True),
+    ("trainer.ranks", 4),
+    ("trainer.backend", "nccl"),
+    ("trainer.parallel.ep", 2),
+    ("rollout.engines", 4),
+    ("rollout.device", "cuda"),
+]
 BROKEN = [
     # (changes, path, part of the message)
     ([("data.train", {})], "data.train", "neither"),
@@ -308,6 +318,20 @@ BROKEN = [
     ([("stream", {"dispatch": "skew_aware", "predictor": "history"})], "stream.latency_profile", "measure_latency"),
     ([("stream.elastic", {"max_engines": 1}), ("rollout.engines", 2)], "stream.elastic.max_engines", "at least"),
     ([("stream", {"colocated": True, "elastic": {"max_engines": 2}})], "stream.elastic.max_engines", "each trainer"),
+    ([("fuse.tail.enabled", True), ("stream.staleness", 1)], "fuse.tail.enabled", "no tail to fill"),
+    (
+        [("fuse.tail.enabled", True), ("algorithm.old_logprobs", "rollout")],
+        "fuse.tail.enabled",
+        "no pass to run",
+    ),
+    ([("fuse.tail.enabled", True), ("stream.colocated", True)], "rollout.engines", "never freed"),
+    (
+        [("fuse.tail.enabled", True), ("stream.colocated", True), ("rollout.engines", 2)],
+        "stream.latency_profile",
+        "chosen by simulation",
+    ),
+    ([*TAIL_ON_GPUS, ("trainer.parallel.ep", 4)], "fuse.tail.enabled", "lcm(tp, etp*ep) * pp = 4 ranks"),
+    ([*TAIL_ON_GPUS, ("balance.enabled", True)], "fuse.tail.enabled", "balancing does not know"),
     ([("data.train", {"jsonl": "a"}), ("warmup.steps", 3)], "warmup.steps", "expected 0"),
     ([("warmup", {"steps": 1, "answer_template": "x"})], "warmup.answer_template", "{answer}"),
     ([("data.eval", None), ("evaluation.every", 3)], "evaluation.every", "data.eval"),
@@ -330,6 +354,8 @@ def test_broken_rules(changes, path, said):
 
 
 VALID = [
+    [("fuse.tail.enabled", True)],
+    TAIL_ON_GPUS,
     TWO_TP,
     [("trainer.ranks", 8), ("trainer.parallel", {"tp": 2, "pp": 2, "ep": 2}), ("trainer.sequence_parallel", True)],
     [("trainer.ranks", 2), ("trainer.parallel", {"pp": 2, "vpp": 2})],
