@@ -35,7 +35,7 @@ from rl.transfer.links import Limits, Membership, Rendezvous, TransferError, sou
 from rl.transfer.plan import TransferPlan, plan_transfer
 from rl.transfer.receiver import Incoming, receiver_names
 from rl.transfer.sender import SendReport
-from rl.types import Prompt
+from rl.types import Prompt, Sample
 
 if TYPE_CHECKING:
     from rl.orchestration.setup import Run
@@ -128,6 +128,17 @@ class DirectEngines:
         self, index: int, prompt: Prompt, sample_ids: Sequence[str], sampling: Sampling, seed: int
     ) -> Future[GroupOfSamples]:
         return self.pool.generate_on(index, prompt, sample_ids, sampling, seed)
+
+    def continue_on(
+        self, index: int, samples: Sequence[Sample], sampling: Sampling, seed: int
+    ) -> Future[GroupOfSamples]:
+        return self.pool.continue_on(index, samples, sampling, seed)
+
+    def unfinished_on(self, index: int, sample_ids: Sequence[str]) -> Future[dict[str, int]]:
+        return self.pool.unfinished_on(index, sample_ids)
+
+    def finished_on(self, index: int, sample_ids: Sequence[str]) -> Future[list[Sample]]:
+        return self.pool.finished_on(index, sample_ids)
 
     def abort_on(self, index: int, sample_ids: Sequence[str]) -> Future[int]:
         return self.pool.abort_on(index, sample_ids)

@@ -127,6 +127,14 @@ def model_shape(engine: Any) -> tuple[int, int]:
     raise UnexpectedVllm(f"{experts} experts but no experts-per-token field in the config of {config.model}")
 
 
+def cache_tokens(engine: Any) -> int:
+    """Tokens whose keys and values the engine's cache holds."""
+    cache = engine.vllm_config.cache_config
+    if not cache.num_gpu_blocks:
+        raise UnexpectedVllm(f"expected the number of blocks of the key-value cache, got {cache.num_gpu_blocks!r}")
+    return int(cache.num_gpu_blocks) * int(cache.block_size)
+
+
 def moe_layer_ids(model: Any) -> list[int]:
     """Indices, among all decoder layers, of the layers whose experts routes are captured for; ascending."""
     from vllm.model_executor.layers.fused_moe import layer as moe

@@ -28,7 +28,9 @@ from typing import Any
 from rl.rollout.dispatch import Dispatch
 from rl.rollout.engine import EngineTimeout
 from rl.rollout.fleet import EngineDied, EngineRecord, Engines, PendingGroup, Update
+from rl.rollout.gathering import Gathering
 from rl.rollout.streams import GroupOfSamples, GroupStream
+from rl.rollout.tail import TailRule
 from rl.rollout.weights import WeightMismatch
 from rl.types import Prompt, Sample
 
@@ -90,6 +92,7 @@ class Dispatcher:
         self._stopping = False
         self._ended = False
         self._tick_s = min(_TICK_S, self._grace_s / 4)
+        self.gathering = Gathering(self)
         self._checked = 0.0
         self._events: queue.SimpleQueue[tuple[Callable[[], None], Callable[[BaseException], None]]] = (
             queue.SimpleQueue()
@@ -126,6 +129,7 @@ class Dispatcher:
                 self._check_limits()
                 self._begin_what_engines_wait_for()
                 self._hand_out()
+                self.gathering.round()
         except BaseException as caught:
             if not isinstance(caught, (EngineDied, EngineTimeout)):
                 _log.exception("the generation service failed")
@@ -134,8 +138,9 @@ class Dispatcher:
 
     def _run_events(self) -> None:
         """Wait for an event, at most one tick; run all that are there."""
+        look_s = self.gathering.wait_s
         try:
-            event, _ = self._events.get(timeout=self._tick_s)
+            event, _ = self._events.get(timeout=self._tick_s if look_s is None else min(look_s, self._tick_s))
             while True:
                 event()
                 event, _ = self._events.get_nowait()
@@ -170,7 +175,7 @@ class Dispatcher:
 
     # ------------------------------------------------------------------ calls to engines
 
-    def _call(
+    def call(
         self,
         record: EngineRecord,
         future: Future[Any],
@@ -206,9 +211,11 @@ class Dispatcher:
 
     # ------------------------------------------------------------------ groups
 
-    def submit(self, stream: GroupStream, groups: Sequence[PendingGroup]) -> None:
-        """Event: a stream begins."""
+    def submit(self, stream: GroupStream, groups: Sequence[PendingGroup], tail: TailRule | None) -> None:
+        """Event: a stream begins; its tail may be gathered."""
         self._streams.add(stream)
+        if tail is not None and groups:
+            self.gathering.watch(stream, tail)
         self._waiting.update({pending.order: pending for pending in groups})
 
     def next_order(self) -> int:
@@ -221,6 +228,7 @@ class Dispatcher:
 
     def _drop(self, stream: GroupStream, error: BaseException | None) -> None:
         self._streams.discard(stream)
+        self.gathering.ended(stream)
         self._waiting = {order: p for order, p in self._waiting.items() if p.stream is not stream}
         stream.end(error)
         for record in list(self.records.values()):
@@ -230,7 +238,7 @@ class Dispatcher:
             if mine:
                 # They stay with the engine until it has let go of them: it must not be updated before.
                 future = self.engines.abort_on(record.index, _sample_ids(mine))
-                self._call(record, future, self._update_limit_s, "aborting samples", lambda result, error: None)
+                self.call(record, future, self.update_limit_s, "aborting samples", lambda result, error: None)
 
     def _hand_out(self) -> None:
         if not any(record.accepting for record in self.records.values()):
@@ -262,11 +270,31 @@ class Dispatcher:
             )
         del self._waiting[pending.order]
         pending.stream.started()
+        self.send_on(pending, record)
+
+    def wait_again(self, pending: PendingGroup) -> None:
+        """A group that was at an engine waits for one, unless all its samples have ended."""
+        pending.target = None
+        if pending.open_ids:
+            self._waiting[pending.order] = pending
+            pending.stream.returned()
+        else:
+            self._deliver(pending)
+
+    def send_on(self, pending: PendingGroup, record: EngineRecord) -> None:
+        """A group that nobody holds goes to an engine: what is open of it from its parts, or anew."""
         record.take(pending)
-        group = pending.group
-        future = self.engines.generate_on(record.index, group.prompt, group.sample_ids, pending.sampling, pending.seed)
+        parts = [pending.parts[name] for name in pending.open_ids if name in pending.parts]
+        if len(parts) < len(pending.open_ids) or any(p.weight_versions[-1][1] != record.version for p in parts):
+            parts = []
+            pending.parts.clear()
+        sampling, seed, prompt = pending.sampling, pending.seed, pending.group.prompt
+        if parts:
+            future = self.engines.continue_on(record.index, parts, sampling, seed)
+        else:
+            future = self.engines.generate_on(record.index, prompt, tuple(pending.open_ids), sampling, seed)
         limit_s = self.engines.config.generate_timeout_s + self._grace_s
-        self._call(
+        self.call(
             record, future, limit_s, f"samples of prompt {pending.uid}", partial(self._generated, record, pending)
         )
 
@@ -280,19 +308,28 @@ class Dispatcher:
             assert error is not None
             self._drop(pending.stream, error)
             return
-        lengths = [len(sample.response_tokens) for sample in samples if isinstance(sample, Sample)]
-        self.last_completed = time.monotonic()
-        record.meter.completed(sum(lengths))
-        self.observe(pending.group.prompt, lengths)
-        args = {"samples": len(samples), "tokens": sum(lengths)}
+        tokens = pending.take_in(samples)
+        record.meter.completed(tokens)
+        if pending.parts:
+            self.gathering.broken_off(pending, record, sent)
+            return
+        args = {"samples": len(samples), "tokens": tokens}
         self.on_span(f"engine {record.index}", pending.uid, sent, time.time(), args)
+        self._deliver(pending)
+
+    def _deliver(self, pending: PendingGroup) -> None:
+        """A complete group that no engine holds any more."""
+        samples = pending.samples
+        self.last_completed = time.monotonic()
+        self.observe(pending.group.prompt, [len(s.response_tokens) for s in samples if isinstance(s, Sample)])
         if pending.stream.put(samples):
             self._streams.discard(pending.stream)
+            self.gathering.ended(pending.stream)
 
     # ------------------------------------------------------------------ weights
 
     @property
-    def _update_limit_s(self) -> float:
+    def update_limit_s(self) -> float:
         return self.engines.config.update_timeout_s + self._grace_s
 
     def update(self, update: Update) -> None:
@@ -326,7 +363,7 @@ class Dispatcher:
         in_flight = "continue" if update.in_flight == "continue" else "refuse"
         future = self.engines.update_on(record.index, update.version, update.chunks, update.manifest, in_flight)
         what = f"the weight update to version {update.version}"
-        self._call(record, future, self._update_limit_s, what, partial(self._updated, record, update, time.time()))
+        self.call(record, future, self.update_limit_s, what, partial(self._updated, record, update, time.time()))
 
     def _updated(
         self, record: EngineRecord, update: Update, began: float, result: float | None, error: BaseException | None
@@ -354,10 +391,10 @@ class Dispatcher:
         record.incarnation += 1
         record.serving = False
         self._calls = {n: c for n, c in self._calls.items() if c.incarnation == c.record.incarnation}
+        self.gathering.engine_died()
         for pending in record.give_all():
             if not pending.cancelled:
-                self._waiting[pending.order] = pending
-                pending.stream.returned()
+                self.wait_again(pending)
         if record.leaving is not None:
             self._gone(record)
         elif record.joining is not None:
@@ -379,7 +416,7 @@ class Dispatcher:
     def _start(self, record: EngineRecord) -> None:
         future = self.engines.start_engine(record.index)
         limit_s = self.engines.config.start_timeout_s + self._grace_s
-        self._call(record, future, limit_s, "its start", partial(self._started, record, time.time()))
+        self.call(record, future, limit_s, "its start", partial(self._started, record, time.time()))
 
     def _started(self, record: EngineRecord, began: float, info: Any, error: BaseException | None) -> None:
         if error is not None:
@@ -437,7 +474,7 @@ class Dispatcher:
     def _stop_engine(self, record: EngineRecord) -> None:
         record.stopping = True
         future = self.engines.stop_engine(record.index)
-        self._call(record, future, self._grace_s, "its end", lambda result, error: self._gone(record))
+        self.call(record, future, self._grace_s, "its end", lambda result, error: self._gone(record))
 
     def _gone(self, record: EngineRecord) -> None:
         self._forget(record)

@@ -61,6 +61,7 @@ class EngineInfo:
         experts, topk: of each MoE layer; 0 for a dense model.
         start_s: seconds that the start took.
         pid: process id.
+        kv_tokens: tokens whose keys and values the cache holds.
     """
 
     vllm_version: str
@@ -69,6 +70,7 @@ class EngineInfo:
     topk: int
     start_s: float
     pid: int
+    kv_tokens: int = 0
 
 
 @dataclass
@@ -103,6 +105,7 @@ class RolloutEngine:
         self._end_tokens: tuple[int, ...] = ()
         self._manifest: dict[str, tuple[int, ...]] = {}
         self._optional: tuple[str, ...] = ()
+        self._finished: dict[str, Sample] = {}  # of groups that still run
         _set_environment(config.device)
 
     # ------------------------------------------------------------------ life
@@ -123,8 +126,10 @@ class RolloutEngine:
         self._thread = EngineThread(self._build, self.config.initial_version, f"rollout-engine-{self.index}")
         await self._wait(self._thread.ready, self.config.start_timeout_s, "its start")
         self._tokenizer = await asyncio.to_thread(model_files.load_tokenizer, path)
-        moe_layers, experts, topk = await self._call(_describe, self.config.start_timeout_s, "its model's shape")
-        self.info = EngineInfo(version, moe_layers, experts, topk, time.monotonic() - started, os.getpid())
+        shape = await self._call(_describe, self.config.start_timeout_s, "its model's shape")
+        moe_layers, experts, topk, kv_tokens = shape
+        seconds = time.monotonic() - started
+        self.info = EngineInfo(version, moe_layers, experts, topk, seconds, os.getpid(), kv_tokens)
         self._up.set()
         return self.info
 
@@ -221,7 +226,10 @@ class RolloutEngine:
     ) -> list[Sample | RefusedSample]:
         """Go on with samples that were aborted, on this or another engine, from their prompt and response so far.
 
-        Tokens, log-probs and version spans are appended; ``sampling.max_tokens`` counts the whole response.
+        Keys and values are computed again from the tokens; tokens, log-probs, version spans and routes of the part
+        before stay as they are, and what comes is appended. ``sampling.max_tokens`` counts the whole response. Greedy
+        sampling gives the tokens that it would have given; otherwise they have the same distribution, but other random
+        numbers.
         """
         for sample in samples:
             if sample.finish_reason != "abort":
@@ -242,6 +250,15 @@ class RolloutEngine:
         """Response tokens so far of every running sample."""
         return await self._wait(self._live().progress(), self.config.update_timeout_s, "the progress of its samples")
 
+    async def unfinished(self, sample_ids: Sequence[str]) -> dict[str, int]:
+        """Response tokens so far of those of its samples that have not ended, queued ones included."""
+        running = await self.progress()
+        return {name: running.get(name, 0) for name in sample_ids if name not in self._finished}
+
+    def finished(self, sample_ids: Sequence[str]) -> list[Sample | None]:
+        """Those of its samples that have ended, of groups that still run; None for the others. Never waits."""
+        return [self._finished.get(name) for name in sample_ids]
+
     async def _group(
         self, work: Sequence[Awaitable[Sample | RefusedSample]], sample_ids: Sequence[str], what: str
     ) -> list[Sample | RefusedSample]:
@@ -255,6 +272,8 @@ class RolloutEngine:
                 "raise generate_timeout_s or lower max_tokens"
             ) from error
         finally:
+            for sample_id in sample_ids:
+                self._finished.pop(sample_id, None)
             if not all(task.done() for task in tasks):
                 for task in tasks:
                     task.cancel()
@@ -272,6 +291,8 @@ class RolloutEngine:
             if isinstance(sample, Sample):
                 self.counters.samples += 1
                 self.counters.response_tokens += len(sample.response_tokens)
+                if sample.finish_reason != "abort":
+                    self._finished[sample_id] = sample
                 return sample
             reason = sample
             self.counters.regenerated += attempt + 1 < attempts
@@ -284,7 +305,8 @@ class RolloutEngine:
         """One request; a sample, or why what came back must be refused."""
         tokens = prompt.tokens if before is None else before.tokens
         # A continuation must not see the random numbers of the part before again.
-        name = sample_id if before is None else f"{sample_id}+{len(before.response_tokens)}"
+        done = 0 if before is None else len(before.response_tokens)
+        name = f"{sample_id}+{done}" if done else sample_id
         params = self._params(prompt, sampling, derive_seed(seed, name, attempt), len(tokens))
         thread = self._live()
         request: Request = await asyncio.wrap_future(thread.submit(sample_id, tokens.tolist(), params))
@@ -502,6 +524,8 @@ class RolloutEngine:
     async def sleep(self, keep_weights: bool = False) -> float:
         """Free the device for others, until :meth:`wake`; returns the seconds it took. On CPU nothing is freed.
 
+        An engine that sleeps already stays as it is.
+
         Args:
             keep_weights: keep them in host memory. Otherwise they are dropped, and must be sent before generating.
 
@@ -514,7 +538,7 @@ class RolloutEngine:
             started = time.monotonic()
             if thread.running:
                 raise RuntimeError(f"engine {self.index}: {thread.running} requests are running; wait before sleeping")
-            if self.config.sleep_mode:
+            if self.config.sleep_mode and not engine.is_sleeping():
                 engine.reset_prefix_cache()
                 engine.sleep(level=1 if keep_weights else 2)
                 if not keep_weights:
@@ -568,7 +592,7 @@ def _set_environment(device: Device) -> None:
         )
 
 
-def _describe(engine: Any) -> tuple[tuple[int, ...], int, int]:
+def _describe(engine: Any) -> tuple[tuple[int, ...], int, int, int]:
     layers = tuple(engine.collective_rpc("ultraep_moe_layer_ids")[0])
     experts, topk = compat.model_shape(engine) if layers else (0, 0)
-    return layers, experts, topk
+    return layers, experts, topk, compat.cache_tokens(engine)

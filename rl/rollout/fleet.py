@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -12,8 +12,9 @@ from typing import Any, Literal, Protocol
 from rl.rollout.config import EngineConfig, Sampling
 from rl.rollout.dispatch import EngineState, WaitingGroup
 from rl.rollout.streams import Group, GroupOfSamples, GroupStream
+from rl.rollout.validation import RefusedSample
 from rl.rollout.weights import Manifest
-from rl.types import Prompt
+from rl.types import Prompt, Sample
 
 InFlight = Literal["finish", "continue"]
 
@@ -48,6 +49,20 @@ class Engines(Protocol):
     def generate_on(
         self, index: int, prompt: Prompt, sample_ids: Sequence[str], sampling: Sampling, seed: int
     ) -> Future[GroupOfSamples]: ...
+
+    def continue_on(
+        self, index: int, samples: Sequence[Sample], sampling: Sampling, seed: int
+    ) -> Future[GroupOfSamples]:
+        """Go on with aborted samples of one group, from their tokens."""
+        ...
+
+    def unfinished_on(self, index: int, sample_ids: Sequence[str]) -> Future[dict[str, int]]:
+        """Response tokens so far of those samples that have not ended."""
+        ...
+
+    def finished_on(self, index: int, sample_ids: Sequence[str]) -> Future[list[Sample]]:
+        """Those samples that have ended, of groups that still run there."""
+        ...
 
     def update_on(
         self,
@@ -146,6 +161,9 @@ class PendingGroup:
         order: of submission.
         view: what the dispatch policy sees of it.
         cancelled: nobody waits for it any more.
+        ended: samples that are done, by id: of a group that moved, or taken early. They are not generated again.
+        parts: samples that were broken off to go on elsewhere, by id.
+        target: where it is about to move.
     """
 
     stream: GroupStream
@@ -154,6 +172,9 @@ class PendingGroup:
     seed: int
     view: WaitingGroup
     cancelled: bool = False
+    ended: dict[str, Sample | RefusedSample] = field(default_factory=dict)
+    parts: dict[str, Sample] = field(default_factory=dict)
+    target: int | None = None
 
     @property
     def order(self) -> int:
@@ -162,6 +183,30 @@ class PendingGroup:
     @property
     def uid(self) -> str:
         return self.group.prompt.uid
+
+    @property
+    def open_ids(self) -> list[str]:
+        """Samples that are not done, in their order."""
+        return [name for name in self.group.sample_ids if name not in self.ended]
+
+    @property
+    def samples(self) -> GroupOfSamples:
+        """All samples of a group without open ones."""
+        return [self.ended[name] for name in self.group.sample_ids]
+
+    def take_in(self, samples: Iterable[Sample | RefusedSample]) -> int:
+        """What an engine answered: done, or broken off if the group is about to move. Returns its new tokens."""
+        tokens = 0
+        for sample in samples:
+            name = sample.sample_id
+            before = self.parts.pop(name, None)
+            if isinstance(sample, Sample):
+                tokens += len(sample.response_tokens) - (0 if before is None else len(before.response_tokens))
+                if self.target is not None and sample.finish_reason == "abort":
+                    self.parts[name] = sample
+                    continue
+            self.ended.setdefault(name, sample)
+        return tokens
 
 
 class WorkMeter:
@@ -217,6 +262,7 @@ class EngineRecord:
         updating: begun.
         joining: who waits for a new engine to serve; None once it does.
         leaving: who waits for it to be gone.
+        resting: it gets no groups, because a tail was gathered elsewhere.
     """
 
     index: int
@@ -229,16 +275,18 @@ class EngineRecord:
     joining: Future[int] | None = None
     leaving: Future[None] | None = None
     stopping: bool = False
+    resting: bool = False
     meter: WorkMeter = field(default_factory=WorkMeter)
 
     @property
     def accepting(self) -> bool:
-        return self.serving and self.next_update is None and self.updating is None and self.leaving is None
+        free = self.next_update is None and self.updating is None and self.leaving is None
+        return self.serving and free and not self.resting
 
     @property
     def outstanding(self) -> int:
         """Samples that it holds."""
-        return sum(pending.view.samples for pending, _ in self.running.values())
+        return sum(len(pending.open_ids) for pending, _ in self.running.values())
 
     def state(self, seats: int) -> EngineState:
         return EngineState(self.index, seats, self.outstanding, self.meter.tokens_per_second, self.accepting)

@@ -32,7 +32,7 @@ from rl.rollout.service import GenerationService
 from rl.rollout.streams import GroupOfSamples
 from rl.rollout.weights import Manifest
 from rl.shared_gpus import SharedGpus
-from rl.types import Prompt
+from rl.types import Prompt, Sample
 
 __all__ = ["EngineDied", "EnginePool"]
 
@@ -148,9 +148,13 @@ class EnginePool:
         self.version = version
         return time.monotonic() - started
 
-    def sleep(self, keep_weights: bool = False) -> float:
-        """All engines free their devices; see ``RolloutEngine.sleep``. Returns the slowest one's seconds."""
-        calls = {i: self.handles[i].sleep.remote(keep_weights) for i in self.indices()}
+    def sleep(self, keep_weights: bool = False, engines: Sequence[int] | None = None) -> float:
+        """Engines, all by default, free their devices; see ``RolloutEngine.sleep``. Returns the slowest one's seconds.
+
+        Those asleep already stay so.
+        """
+        chosen = [i for i in self.indices() if engines is None or i in engines]
+        calls = {i: self.handles[i].sleep.remote(keep_weights) for i in chosen}
         return max(self._all(calls, self.config.update_timeout_s, "falling asleep").values(), default=0.0)
 
     def wake(self) -> float:
@@ -212,8 +216,30 @@ class EnginePool:
         self, index: int, prompt: Prompt, sample_ids: Sequence[str], sampling: Sampling, seed: int
     ) -> Future[GroupOfSamples]:
         """One group by one engine."""
-        samples, rows = call_apart(self._handle(index), prompt, sample_ids, sampling, seed)
+        method = self._handle(index).generate_apart
+        samples, rows = call_apart(method, len(sample_ids), prompt, list(sample_ids), sampling, seed)
         return _future(samples, index, f"samples of prompt {prompt.uid}", lambda value: with_rows(value, rows))
+
+    def continue_on(
+        self, index: int, samples: Sequence[Sample], sampling: Sampling, seed: int
+    ) -> Future[GroupOfSamples]:
+        """Aborted samples of one group go on at another engine, see ``RolloutEngine.continue_samples``."""
+        method = self._handle(index).continue_apart
+        answers, rows = call_apart(method, len(samples), list(samples), sampling, seed)
+        what = f"the rest of {len(samples)} samples of prompt {samples[0].prompt.uid}"
+        return _future(answers, index, what, lambda value: with_rows(value, rows))
+
+    def unfinished_on(self, index: int, sample_ids: Sequence[str]) -> Future[dict[str, int]]:
+        """Response tokens so far of those samples of one engine that have not ended."""
+        call = self._handle(index).unfinished.remote(list(sample_ids))
+        return _future(call, index, "the progress of its samples")
+
+    def finished_on(self, index: int, sample_ids: Sequence[str]) -> Future[list[Sample]]:
+        """Those samples of one engine that have ended, of groups that still run."""
+        method = self._handle(index).finished_apart
+        samples, rows = call_apart(method, len(sample_ids), list(sample_ids))
+        what = "samples that have ended"
+        return _future(samples, index, what, lambda value: [s for s in with_rows(value, rows) if isinstance(s, Sample)])
 
     def update_on(
         self,

@@ -28,7 +28,8 @@ from rl.rollout.config import Sampling
 from rl.rollout.dispatch import Dispatch, WaitingGroup, get_dispatch
 from rl.rollout.dispatcher import Dispatcher, OnSpan, ServiceStopped
 from rl.rollout.fleet import EngineDied, EngineRecord, Engines, InFlight, PendingGroup, Update, UpdateReport
-from rl.rollout.streams import GroupStream, make_groups
+from rl.rollout.streams import GroupStream, TailReport, make_groups
+from rl.rollout.tail import TailRule
 from rl.types import Prompt
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ __all__ = [
     "InFlight",
     "OnSpan",
     "ServiceStopped",
+    "TailReport",
+    "TailRule",
     "UpdateReport",
 ]
 
@@ -94,6 +97,7 @@ class GenerationService:
         seed: int,
         *,
         buffer_groups: int | None = None,
+        tail: TailRule | None = None,
     ) -> GroupStream:
         """Draw ``n_samples`` of every prompt; returns at once.
 
@@ -104,6 +108,7 @@ class GenerationService:
             seed: the same (seed, sample id) draws with the same random stream, whatever engine and however often.
             buffer_groups: while so many complete groups of this stream wait to be taken, no more of its groups are
                 started; those that run may still add to them. None: no bound.
+            tail: gather the last samples on few engines, see ``gathering``; None: they stay where they are.
 
         Returns:
             A stream of ``list[Sample | RefusedSample]``, one per prompt, in the order they complete.
@@ -130,7 +135,7 @@ class GenerationService:
         for group, tokens in zip(groups, self._predict(prompts), strict=True):
             view = WaitingGroup(group.prompt.uid, dispatcher.next_order(), n_samples, tokens, batch)
             pending.append(PendingGroup(stream, group, sampling, seed, view))
-        dispatcher.post(lambda: dispatcher.submit(stream, pending), stream.end)
+        dispatcher.post(lambda: dispatcher.submit(stream, pending, tail), stream.end)
         return stream
 
     def _predict(self, prompts: Sequence[Prompt]) -> list[float | None]:

@@ -24,6 +24,27 @@ class Group:
     sample_ids: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class TailReport:
+    """The tail of a stream has been gathered; see ``rl.rollout.gathering``.
+
+    Attributes:
+        began, gathered: when it was decided, and when the freed engines were empty; seconds of ``time.time()``.
+        unfinished: samples, when it began.
+        kept, freed: engines that generate the rest, and those that do not.
+        moved: samples that were broken off and went on elsewhere.
+        kept_tokens: response tokens that they took along.
+    """
+
+    began: float
+    gathered: float
+    unfinished: int
+    kept: tuple[int, ...]
+    freed: tuple[int, ...]
+    moved: int
+    kept_tokens: int
+
+
 def make_groups(prompts: Sequence[Prompt], n_samples: int) -> list[Group]:
     """One group per prompt, with the ids of its samples, ``"<prompt uid>/<k>"``."""
     if n_samples < 1:
@@ -38,6 +59,9 @@ class GroupStream:
             ...
         stream.next(timeout_s=1.0)      # one group; None when every prompt has come
         stream.close()                  # aborts what still runs
+
+    With a rule for its tail, ``tail`` says once few samples are left and have been gathered, and ``take_early`` gives
+    finished samples of groups that are not complete; they come again with their groups.
 
     Safe to use from several threads. As a context manager it closes itself.
 
@@ -65,6 +89,8 @@ class GroupStream:
         self.delivered = 0
         self.closed = False
         self.error: BaseException | None = None
+        self.tail: TailReport | None = None
+        self._early: list[Sample] = []
         self._progress, self._wake, self._close = progress, wake, close
         self._ready: deque[GroupOfSamples] = deque()
         self._changed = threading.Condition()
@@ -119,6 +145,12 @@ class GroupStream:
         self._wake()
         return group
 
+    def take_early(self) -> list[Sample]:
+        """Finished samples of incomplete groups, each once; never waits."""
+        with self._changed:
+            early, self._early = self._early, []
+        return early
+
     def close(self) -> None:
         """End the stream: what runs is aborted, what waits is forgotten. Calling it again does nothing."""
         with self._changed:
@@ -166,6 +198,17 @@ class GroupStream:
     def returned(self) -> None:
         """A group came back unfinished and waits again."""
         self._waiting, self._running = self._waiting + 1, self._running - 1
+
+    def put_early(self, samples: Sequence[Sample]) -> None:
+        """Finished samples of groups that are not complete."""
+        with self._changed:
+            self._early += samples
+
+    def gathered(self, report: TailReport) -> None:
+        """The tail is where it stays."""
+        with self._changed:
+            self.tail = report
+            self._changed.notify_all()
 
     def put(self, group: GroupOfSamples) -> bool:
         """Hand over a complete group; returns whether it was the last one."""

@@ -63,7 +63,7 @@ class _Engine:
         self.now = 0.0
         self.stalled_until = 0.0
         self.progress = 0.0
-        self.running: list[tuple[float, int, SimGroup]] = []  # heap by the progress at which they end
+        self.running: list[tuple[float, int, SimGroup, int]] = []  # heap by the progress at which they end; length
         self.queue: deque[tuple[SimGroup, int, bool]] = deque()
         self.held = 0
         self.left: dict[int, int] = {}  # by order: samples that are not done
@@ -89,7 +89,7 @@ class _Engine:
         """Take out what has ended; returns the groups that are now complete."""
         complete = []
         while self.running and self.running[0][0] <= self.progress + _EPSILON:
-            _, _, group = heapq.heappop(self.running)
+            _, _, group, _ = heapq.heappop(self.running)
             self.left[group.order] -= 1
             if not self.left[group.order]:
                 del self.left[group.order]
@@ -108,7 +108,7 @@ class _Engine:
         read = 0
         while self.queue and len(self.running) < self.seats:
             group, length, first = self.queue.popleft()
-            heapq.heappush(self.running, (self.progress + length, group.order, group))
+            heapq.heappush(self.running, (self.progress + length, group.order, group, length))
             read += group.prompt_tokens if first else 0
         if read:
             self.stalled_until = max(self.now, self.stalled_until) + read * self.prefill
@@ -116,7 +116,7 @@ class _Engine:
     def drop(self) -> list[SimGroup]:
         """Forget everything (the engine died); returns the groups that it held."""
         orders = set(self.left)
-        groups = {group.order: group for _, _, group in self.running} | {
+        groups = {group.order: group for _, _, group, _ in self.running} | {
             group.order: group for group, _, _ in self.queue
         }
         self.running.clear()
@@ -184,6 +184,16 @@ class Generation:
     def busy_seconds(self) -> list[float]:
         """Seconds in which each engine had samples running, until now."""
         return [engine.busy + (self.now - engine.now if engine.running else 0.0) for engine in self.engines]
+
+    @property
+    def waiting(self) -> int:
+        """Samples that no engine has yet."""
+        return sum(len(group.lengths) for group in self._waiting.values())
+
+    @property
+    def unfinished(self) -> int:
+        """Samples that wait, are queued or run."""
+        return self.waiting + sum(len(engine.running) + len(engine.queue) for engine in self.engines)
 
     def holds(self, engine: int) -> int:
         return self.engines[engine].held

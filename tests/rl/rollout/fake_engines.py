@@ -233,5 +233,114 @@ class FakeEngines:
                 action()
 
 
+class TokenEngines(FakeEngines):
+    """Engines whose samples grow token by token, and can be broken off and continued.
+
+    Args:
+        directory, engines: as for :class:`FakeEngines`.
+        length: response tokens of a sample, by its id.
+        token_s: seconds of a token.
+    """
+
+    def __init__(
+        self, directory: Path, engines: int, length: Callable[[str], int], token_s: float = 0.001, **settings: Any
+    ) -> None:
+        self.length, self.token_s = length, token_s
+        self.work: dict[tuple[int, str], tuple[float, dict[str, Sample | None]]] = {}
+        self.continued: list[tuple[int, str, int]] = []
+        super().__init__(directory, engines, lambda uid: 0.0, **settings)
+
+    def generate_on(
+        self, index: int, prompt: Prompt, sample_ids: Sequence[str], sampling: Sampling, seed: int
+    ) -> Future[Any]:
+        return self._begin(index, prompt, dict.fromkeys(sample_ids))
+
+    def continue_on(self, index: int, samples: Sequence[Sample], sampling: Sampling, seed: int) -> Future[Any]:
+        assert all(sample.finish_reason == "abort" for sample in samples)
+        self.continued += [(index, sample.sample_id, len(sample.response_tokens)) for sample in samples]
+        return self._begin(index, samples[0].prompt, {sample.sample_id: sample for sample in samples})
+
+    def unfinished_on(self, index: int, sample_ids: Sequence[str]) -> Future[dict[str, int]]:
+        future: Future[dict[str, int]] = Future()
+        asked = self._other(self.processes[index], 0.0005, lambda: None)
+
+        def answer(done: Future[Any]) -> None:
+            if done.exception() is not None:
+                _fail(future, done.exception())
+                return
+            samples = {s.sample_id: s for s in self._grown(index)}
+            ended = {name for name, s in samples.items() if s.finish_reason == "stop"}
+            lengths = {name: len(s.response_tokens) for name, s in samples.items()}
+            future.set_result({name: lengths.get(name, 0) for name in sample_ids if name not in ended})
+
+        asked.add_done_callback(answer)
+        return future
+
+    def finished_on(self, index: int, sample_ids: Sequence[str]) -> Future[list[Sample]]:
+        future: Future[list[Sample]] = Future()
+        with self._lock:
+            if not self.processes[index].alive:
+                _fail(future, self._died(index))
+            else:
+                future.set_result(
+                    [s for s in self._grown(index) if s.finish_reason == "stop" and s.sample_id in sample_ids]
+                )
+        return future
+
+    def _begin(self, index: int, prompt: Prompt, parts: dict[str, Sample | None]) -> Future[Any]:
+        future: Future[Any] = Future()
+        with self._lock:
+            process = self.processes[index]
+            self.sent.append((index, prompt.uid))
+            if not process.alive:
+                _fail(future, self._died(index))
+                return future
+            assert process.up, "groups only for engines that are up"
+            assert prompt.uid not in process.running, "sample ids must be unique among running ones"
+            process.running[prompt.uid] = (future, prompt, tuple(parts), process.versions[-1])
+            self.work[id(process), prompt.uid] = (time.monotonic(), parts)
+            left = max(self.length(name) - _tokens(part) for name, part in parts.items())
+            self._at(left * self.token_s / process.speed, lambda: self._finish(process, prompt.uid, "stop", future))
+        return future
+
+    def _grown(self, index: int) -> list[Sample]:
+        """Every sample of an engine as it is now."""
+        process = self.processes[index]
+        with self._lock:
+            return [sample for uid in process.running for sample in self._group(process, uid)]
+
+    def _group(self, process: Process, uid: str) -> list[Sample]:
+        _, prompt, _, version = process.running[uid]
+        start, parts = self.work[id(process), uid]
+        made = int((time.monotonic() - start) * process.speed / self.token_s)
+        return [self._sample(prompt, name, part, made, version) for name, part in parts.items()]
+
+    def _sample(self, prompt: Prompt, name: str, part: Sample | None, made: int, version: int) -> Sample:
+        before = _tokens(part)
+        total = min(self.length(name), before + made)
+        tokens = np.concatenate([part.response_tokens if part else np.zeros(0, np.int32), greedy(name)[before:total]])
+        spans = list(part.weight_versions) if part and before else [(0, version)]
+        if spans[-1][1] != version:
+            spans.append((before, version))
+        reason = "stop" if total == self.length(name) else "abort"
+        return Sample(name, prompt, tokens, -tokens / 1e4, tuple(spans), reason, None, None)
+
+    def _finish(self, process: Process, uid: str, reason: str, expected: Future[Any]) -> None:
+        if uid not in process.running or process.running[uid][0] is not expected:
+            return
+        samples = self._group(process, uid)
+        del process.running[uid]
+        expected.set_result(samples)
+
+
+def greedy(name: str, most: int = 1000) -> np.ndarray:
+    """int32 ``[most]``: the tokens of a sample, whichever engine generates them."""
+    return np.random.default_rng(list(name.encode())).integers(0, 10_000, most).astype(np.int32)
+
+
+def _tokens(part: Sample | None) -> int:
+    return 0 if part is None else len(part.response_tokens)
+
+
 def _fail(future: Future[Any], error: BaseException) -> None:
     future.set_exception(error)
