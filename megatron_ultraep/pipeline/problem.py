@@ -1,10 +1,10 @@
 """What is scheduled when several models train on the same pipeline nodes, and what a schedule is.
 
-A *node* is the set of ranks that hold one pipeline stage of the large model. A model lies on nodes by its stages, once or
-in several replicas; it has at most one stage on a node, so a node's tasks are told apart by ``(model, forward or
+A *node* is the set of ranks that hold one pipeline stage of the large model. A model lies on nodes by its stages, once
+or in several replicas; it has at most one stage on a node, so a node's tasks are told apart by ``(model, forward or
 backward)``: the i-th forward of a model on a node is micro-batch i of the replica there, the i-th backward likewise.
 
-Durations and delays are in one unit of the caller's choice (seconds when measured), activations in another (bytes, GiB).
+Durations and delays are in one unit of the caller's choice (seconds when measured), activations in another (bytes).
 """
 
 from __future__ import annotations
