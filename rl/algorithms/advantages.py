@@ -27,6 +27,8 @@ class AdvantageInput:
         lengths: int ``[N]``, response tokens R_i of each sample.
         values: float ``[tokens]``, a critic's estimates; only for estimators that need one.
         token_rewards: float ``[tokens]``, added to the outcome reward (for example a KL penalty); None for none.
+        learnt: int ``[N]``, how many of the first tokens of each sample are learnt from; None: all R_i. Estimators per
+            token see no others.
     """
 
     rewards: Tensor
@@ -34,6 +36,7 @@ class AdvantageInput:
     lengths: Tensor
     values: Tensor | None = None
     token_rewards: Tensor | None = None
+    learnt: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -43,10 +46,16 @@ class AdvantageConfig:
     Attributes:
         normalize_std: divide by the standard deviation of the group (GRPO). False is the unbiased form of Dr. GRPO.
         eps: added to that standard deviation, in units of reward.
+        gamma: discount per token (GAE), in [0, 1].
+        lam: lambda of GAE, in [0, 1]: 0 trusts values (one step), 1 trusts rewards (Monte Carlo).
+        whiten: of GAE, shift and scale the batch's advantages to mean 0 and standard deviation 1 over learnt tokens.
     """
 
     normalize_std: bool = True
     eps: float = 1e-6
+    gamma: float = 1.0
+    lam: float = 1.0
+    whiten: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,10 +65,12 @@ class AdvantageResult:
     Attributes:
         advantages: float32 ``[tokens]``.
         metrics: plain numbers for the log, for example ``"degenerate_groups"``.
+        returns: float32 ``[tokens]``, what a critic's values should be; None of estimators without one.
     """
 
     advantages: Tensor
     metrics: Mapping[str, float] = field(default_factory=dict)
+    returns: Tensor | None = None
 
     def split(self, lengths: Tensor) -> tuple[Tensor, ...]:
         """One float32 ``[R_i]`` per sample."""
@@ -168,7 +179,77 @@ def zero_advantages(batch: AdvantageInput, config: AdvantageConfig) -> Advantage
     return AdvantageResult(torch.zeros(total, dtype=torch.float32, device=batch.rewards.device))
 
 
+def gae_advantages(batch: AdvantageInput, config: AdvantageConfig) -> AdvantageResult:
+    """Generalised advantage estimation over the tokens of each sample: a token is a step, its value the state's before.
+
+    With ``r_t`` the token reward, to which the last learnt token adds the sample's reward, and ``V`` the values,
+
+        delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lambda A_{t+1},    return_t = A_t + V_t
+
+    where ``V`` and ``A`` are 0 after the last learnt token. That is so for responses cut off at their longest length
+    too: no value is bootstrapped for what would have followed (as in TRL and verl), because no row of the batch sees
+    the last token; a reward of a response cut off is all there is of it.
+
+    Whitening changes advantages, never returns. Worked in float64; tokens that are not learnt get 0.
+
+    Raises:
+        ValueError: shapes differ, values are missing, a number is not finite, or gamma or lambda is outside [0, 1].
+
+    Source:
+        Schulman et al., arXiv:1506.02438, equations 11-16; whitening and the reward at the last token: Ziegler et al.,
+        arXiv:1909.08593.
+    """
+    values, token_rewards, learnt = _check_gae(batch, config)
+    device = batch.rewards.device
+    lengths = batch.lengths.to(torch.int64)
+    starts = lengths.cumsum(0) - lengths
+    longest = int(lengths.max()) if len(lengths) else 0
+    # [N, longest], column t being token t of each sample: one short scan for all samples.
+    column = torch.arange(longest, device=device)
+    is_learnt = column[None] < learnt[:, None]
+    index = (starts[:, None] + column[None]).clamp(max=max(0, len(values) - 1))
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    value = torch.where(is_learnt, values.to(torch.float64)[index], zero)
+    reward = torch.where(is_learnt, token_rewards.to(torch.float64)[index], zero)
+    ends_here = column[None] == (learnt - 1)[:, None]
+    reward = reward + torch.where(ends_here, batch.rewards.to(torch.float64)[:, None], zero)
+
+    padded = torch.zeros_like(value)
+    following_value = following = torch.zeros(len(lengths), dtype=torch.float64, device=device)
+    for t in range(longest - 1, -1, -1):
+        delta = reward[:, t] + config.gamma * following_value - value[:, t]
+        following = torch.where(is_learnt[:, t], delta + config.gamma * config.lam * following, zero)
+        following_value = value[:, t]
+        padded[:, t] = following
+
+    is_token = column[None] < lengths[:, None]
+    advantages, returns, mask = padded[is_token], (padded + value)[is_token], is_learnt[is_token]
+    metrics = {"advantage_mean": _mean(advantages[mask]), "advantage_std": _std(advantages[mask])}
+    if config.whiten:
+        advantages = torch.where(mask, whiten(advantages, mask), zero)
+    return AdvantageResult(advantages.to(torch.float32), metrics, returns.to(torch.float32))
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """Shift and scale to mean 0 and (sample) standard deviation 1 over the unmasked, ``[tokens]`` each.
+
+    Fewer than two of them, or all equal: shifted only.
+    """
+    chosen = values[mask]
+    deviation = _std(chosen)
+    return (values - _mean(chosen)) / (deviation + 1e-8 if deviation > 0 else 1.0)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if values.numel() else 0.0
+
+
+def _std(values: Tensor) -> float:
+    return float(values.std()) if values.numel() > 1 else 0.0
+
+
 ADVANTAGES: dict[str, AdvantageFn] = {
+    "gae": gae_advantages,
     "grpo": grpo_advantages,
     "zero": zero_advantages,
 }
@@ -198,3 +279,32 @@ def _check_rewards(rewards: Tensor, group_ids: Tensor) -> None:
             f"expected finite rewards, got NaN or infinity at {bad[:20]} ({len(bad)} of {len(rewards)} samples); "
             "leave samples without a reward out before computing advantages"
         )
+
+
+def _check_gae(batch: AdvantageInput, config: AdvantageConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, token rewards, learnt tokens of each sample), as GAE needs them."""
+    _check_rewards(batch.rewards, batch.group_ids)
+    for name in ("gamma", "lam"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"expected {name} in [0, 1], got {getattr(config, name)}")
+    if batch.values is None:
+        raise ValueError("gae needs a critic's values [tokens], got none; run the critic's pass first")
+    total = int(batch.lengths.sum())
+    token_rewards = torch.zeros_like(batch.values) if batch.token_rewards is None else batch.token_rewards
+    learnt = batch.lengths if batch.learnt is None else batch.learnt
+    for name, given in (("values", batch.values), ("token_rewards", token_rewards)):
+        if given.shape != (total,):
+            raise ValueError(f"expected {name} [{total}], one for each response token, got {list(given.shape)}")
+    if learnt.shape != batch.lengths.shape or bool(((learnt < 0) | (learnt > batch.lengths)).any()):
+        raise ValueError(f"expected learnt tokens between 0 and {batch.lengths.tolist()}, got {learnt.tolist()}")
+    learnt = learnt.to(torch.int64)
+    starts = torch.repeat_interleave(batch.lengths.cumsum(0) - batch.lengths, batch.lengths)
+    is_learnt = torch.arange(total, device=starts.device) - starts < torch.repeat_interleave(learnt, batch.lengths)
+    for name, given in (("values", batch.values), ("token_rewards", token_rewards)):
+        bad = torch.nonzero(is_learnt & ~torch.isfinite(given)).flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"expected finite {name}, got NaN or infinity at {bad[:20]} ({len(bad)} of {total} tokens); look at "
+                "what the critic or the reference was given"
+            )
+    return batch.values, token_rewards, learnt

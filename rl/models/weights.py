@@ -254,24 +254,24 @@ def copy_weights(source: BuiltModel, target: BuiltModel) -> None:
         ValueError: tensors of different shapes.
     """
     world = source.groups.collection.intra_dist_opt
-    members = dist.get_process_group_ranks(world)
     mine = {p.logical.key: p for p in local_parameters(source)}
     theirs = {p.logical.hf: p for p in local_parameters(target)}
     told: list[Any] = [None] * source.groups.layout.world
     handing = [
-        (p.logical.key, p.logical.hf, _whole_shapes(source, p)) for p in mine.values() if _hands_over_alone(source, p)
+        (p.logical.key, dist.get_rank(), p.logical.hf, _whole_shapes(source, p))
+        for p in mine.values()
+        if _hands_over_alone(source, p)
     ]
     dist.all_gather_object(told, handing, group=world)
-    owners = sorted((key, rank, hf, shapes) for rank, parts in enumerate(told) for key, hf, shapes in parts)
-    for key, owner, hf, shapes in owners:
+    for key, owner, hf, shapes in sorted(each for parts in told for each in parts):
         # All ranks of a tensor-parallel group gather, though one hands over.
         tensors = [t for _, t in _export_one(source, mine[key], "parameter")] if key in mine else []
-        if source.groups.rank == owner:
+        if dist.get_rank() == owner:
             tensors = [t.contiguous() for t in tensors]
         else:
             tensors = [torch.empty(shape, dtype=source.dtype, device=source.device) for shape in shapes]
         for tensor in tensors:
-            dist.broadcast(tensor, src=members[owner], group=world)
+            dist.broadcast(tensor, src=owner, group=world)
         local = theirs.get(hf)
         if local is None:
             continue

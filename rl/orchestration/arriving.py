@@ -148,7 +148,7 @@ def _train_set(
         if first:
             return  # no sample of these prompts has a reward
         with run.phase("train"):
-            scale = estimate.scale(run.policy_loss.aggregation, run.trainer.accumulated)
+            scale = estimate.scale(run.policy_loss.aggregation, run.trainer.accumulated())
             outcome = run.trainer.apply(scale)
     except BaseException:
         if not first:

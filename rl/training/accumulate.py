@@ -36,7 +36,7 @@ from rl.training.objectives import Objective
 from rl.training.results import AccumulateResult, TrainResult, add_chunks
 
 if TYPE_CHECKING:
-    from rl.training.worker import TrainWorker
+    from rl.training.trained import TrainedModel
 
 
 class AccumulationError(RuntimeError):
@@ -44,14 +44,14 @@ class AccumulationError(RuntimeError):
 
 
 class Accumulator:
-    """The open set of one rank.
+    """The open set of one model on one rank.
 
     Args:
-        worker: whose gradients they are.
+        trained: whose gradients they are.
     """
 
-    def __init__(self, worker: TrainWorker) -> None:
-        self._worker = worker
+    def __init__(self, trained: TrainedModel) -> None:
+        self._trained = trained
         self._chunks: list[AccumulateResult] = []
         self._micro_batches = 0  # of all chunks so far
         self._step = 0
@@ -68,20 +68,20 @@ class Accumulator:
         check_first(self.is_open, first)
         if self.is_open and step != self._step:
             raise AccumulationError(f"expected a chunk of step {self._step}, whose set is open, got one of step {step}")
-        worker = self._worker
-        if worker.spec.overlap:
+        trained = self._trained
+        if trained.overlap:
             raise AccumulationError(
                 "gradients of a set are reduced once, when all its chunks are in, but this trainer reduces them during "
                 "backward: set overlap of its TrainerSpec to false"
             )
         started = time.perf_counter()
-        worker.balance_metrics()  # of passes before this one
+        trained.balance_metrics()  # of passes before this one
         if first:
-            worker.empty_gradients()
+            trained.empty_gradients()
             self._step = step
         try:
-            with compat.gradients_not_finalized(worker.actor.config):
-                loss, sums, routes = worker.forward_backward(
+            with compat.gradients_not_finalized(trained.model.config):
+                loss, sums, routes = trained.forward_backward(
                     batch, step, objective, plans, first_micro_batch=self._micro_batches
                 )
         except BaseException:
@@ -92,25 +92,25 @@ class Accumulator:
             sums=sums,
             routes=routes,
             seconds={"forward_backward": time.perf_counter() - started},
-            balance=worker.balance_metrics(),
+            balance=trained.balance_metrics(),
         )
         self._chunks.append(result)
-        self._micro_batches += len(batch.layout.micro_batches[worker.groups.coordinates["dp"]])
+        self._micro_batches += len(batch.layout.micro_batches[trained.model.groups.coordinates["dp"]])
         return result
 
     def apply(self, scale: float, lr: float | None) -> TrainResult:
         """See ``TrainWorker.apply``."""
         check_apply(self.is_open, scale)
-        worker = self._worker
+        trained = self._trained
         started = time.perf_counter()
         if scale != 1.0:
-            for gradients in compat.gradient_buffers(worker.actor.wrapped):
+            for gradients in compat.gradient_buffers(trained.model.wrapped):
                 gradients.mul_(scale)
-        worker.finalize_gradients()
+        trained.finalize_gradients()
         reduced = time.perf_counter()
         chunks = add_chunks(self._chunks, scale)
         self._close()
-        grad_norm, used, updated = worker.optimizer_step(lr)
+        grad_norm, used, updated = trained.optimizer_step(lr)
         seconds = {"reduce": reduced - started, "optimizer": time.perf_counter() - reduced}
         return TrainResult(
             loss=chunks.loss,
@@ -126,7 +126,7 @@ class Accumulator:
     def discard(self) -> None:
         """Forget the open set, if there is one, and its gradients."""
         self._close()
-        self._worker.empty_gradients()
+        self._trained.empty_gradients()
 
     def _close(self) -> None:
         self._chunks, self._micro_batches = [], 0

@@ -90,18 +90,21 @@ class TrainerActor:
     ) -> tuple[dict[str, np.ndarray], RouteReport]:
         return self.worker.logprobs(part, model, pass_, step, routes, settings, plans, first_micro_batch)
 
+    def values(self, part: MiniBatch, step: int, model: str, first_micro_batch: int) -> dict[str, np.ndarray]:
+        return self.worker.values(part, step, model=model, first_micro_batch=first_micro_batch)
+
     def train(
-        self, part: MiniBatch, step: int, objective: Objective, lr: float | None, plans: StagePlans | None
+        self, part: MiniBatch, step: int, objective: Objective, lr: float | None, plans: StagePlans | None, model: str
     ) -> TrainResult:
-        return self.worker.train(part, step, objective, lr=lr, plans=plans)
+        return self.worker.train(part, step, objective, lr=lr, plans=plans, model=model)
 
     def accumulate(
-        self, part: MiniBatch, step: int, objective: Objective, plans: StagePlans | None, first: bool
+        self, part: MiniBatch, step: int, objective: Objective, plans: StagePlans | None, first: bool, model: str
     ) -> AccumulateResult:
-        return self.worker.accumulate(part, step, objective, plans=plans, first=first)
+        return self.worker.accumulate(part, step, objective, plans=plans, first=first, model=model)
 
-    def apply(self, scale: float, lr: float | None) -> TrainResult:
-        return self.worker.apply(scale, lr=lr)
+    def apply(self, scale: float, lr: float | None, model: str) -> TrainResult:
+        return self.worker.apply(scale, lr=lr, model=model)
 
     def discard(self) -> None:
         self.worker.discard()

@@ -32,6 +32,7 @@ class TrainSample:
         histogram: int32 ``[MoE layers, experts]``, their counts; the driver's, ranks are not sent it.
         advantages, rollout_logprobs, old_logprobs, ref_logprobs: float ``[T]``, aligned with ``tokens``, zero where
             ``loss_mask`` is False; None where the pass does not need them.
+        values, returns: likewise, of a critic: values before this iteration's updates, and what they should be.
     """
 
     sample_id: str
@@ -43,6 +44,8 @@ class TrainSample:
     rollout_logprobs: np.ndarray | None = None
     old_logprobs: np.ndarray | None = None
     ref_logprobs: np.ndarray | None = None
+    values: np.ndarray | None = None
+    returns: np.ndarray | None = None
 
     @property
     def rows(self) -> int:

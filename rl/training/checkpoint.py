@@ -28,7 +28,9 @@ import torch
 from megatron_ultraep.megatron import compat
 from megatron_ultraep.megatron.groups import ParallelLayout
 from rl.models.builder import BuiltModel
-from rl.training.worker import TrainWorker, reset_optimizer_state
+from rl.training.spec import TrainerSpec
+from rl.training.trained import TrainedModel, reset_optimizer_state
+from rl.training.worker import TrainWorker
 
 _NAME = re.compile(r"step_(\d{8})")
 LOOP_STATE = "loop.json"
@@ -38,18 +40,29 @@ LOOP_STATE = "loop.json"
 
 
 def save(worker: TrainWorker, directory: str | Path, *, optimizer: bool = True) -> None:
-    """Write this rank's part; a collective. ``directory`` must exist and be empty of checkpoints."""
-    compat.synchronize_parameters(worker.actor.wrapped)
-    state = _model_state(worker.actor, worker.spec.distributed_optimizer)
-    state["layout"] = dataclasses.asdict(worker.spec.layout)
-    state["distributed_optimizer"] = worker.spec.distributed_optimizer
-    state["random"] = _random_state(worker)
+    """Write this rank's part; a collective. ``directory`` must exist and be empty of checkpoints.
+
+    The critic, if there is one, is a checkpoint of its own in the directory ``critic``.
+    """
+    directory = Path(directory)
+    for name, trained in worker.trained.items():
+        path = directory if name == "actor" else directory / name
+        path.mkdir(exist_ok=True)
+        extra = {"random": _random_state(worker)} if name == "actor" else {}
+        _save(trained, path, worker.spec.distributed_optimizer, extra, optimizer=optimizer)
+
+
+def _save(trained: TrainedModel, directory: Path, distributed: bool, extra: dict[str, Any], *, optimizer: bool) -> None:
+    compat.synchronize_parameters(trained.model.wrapped)
+    state = _model_state(trained.model, distributed) | extra
+    state["layout"] = dataclasses.asdict(trained.model.groups.layout)
+    state["distributed_optimizer"] = distributed
     if optimizer:
-        _complete_optimizer_state(worker)
-        state["optimizer"] = worker.optimizer.sharded_state_dict(
-            state, is_loading=False, metadata=_metadata(worker.actor, worker.spec.distributed_optimizer)
+        _complete_optimizer_state(trained.optimizer)
+        state["optimizer"] = trained.optimizer.sharded_state_dict(
+            state, is_loading=False, metadata=_metadata(trained.model, distributed)
         )
-        state["scheduler"] = worker.scheduler.state_dict()
+        state["scheduler"] = trained.scheduler.state_dict()
     compat.save_checkpoint(state, str(directory))
 
 
@@ -57,10 +70,30 @@ def load(worker: TrainWorker, directory: str | Path) -> None:
     """Read this rank's part back; a collective.
 
     Raises:
-        ValueError: a checkpoint without optimizer state, of the other kind of optimizer, or a layout it does not fit.
+        ValueError: a checkpoint without optimizer state, of the other kind of optimizer, or a layout it does not fit;
+            one without a critic for a run that has one, or the other way round.
     """
+    directory = Path(directory)
+    saved = {name for name in ("critic",) if (directory / name).is_dir()}
+    wanted = set(worker.trained) - {"actor"}
+    if wanted - saved:
+        raise ValueError(
+            f"{directory} holds no critic, and this run trains one: its run had algorithm.advantage other than gae; "
+            "resume it as it was, or start a new run from its weights"
+        )
+    if saved - wanted:
+        raise ValueError(
+            f"{directory} holds a critic, and this run has none: resume it with the algorithm.advantage and the "
+            "section critic that it had"
+        )
+    for name, trained in worker.trained.items():
+        random_state = _random_state(worker) if name == "actor" else None
+        _load(trained, directory if name == "actor" else directory / name, worker.spec, random_state)
+
+
+def _load(trained: TrainedModel, directory: Path, spec: TrainerSpec, random_state: Any | None) -> None:
+    model, optimizer, distributed = trained.model, trained.optimizer, spec.distributed_optimizer
     common = compat.load_checkpoint_common(str(directory))
-    distributed = worker.spec.distributed_optimizer
     if "scheduler" not in common:
         raise ValueError(
             f"{directory} holds no optimizer state: a run can only be resumed with checkpoint.save_optimizer"
@@ -71,7 +104,7 @@ def load(worker: TrainWorker, directory: str | Path) -> None:
             f"{distributed}: set trainer.distributed_optimizer as it was"
         )
     saved = ParallelLayout(**common["layout"])
-    mine = worker.spec.layout
+    mine = model.groups.layout
     if (saved.ep > 1) != (mine.ep > 1) or (not distributed and saved != mine):
         raise ValueError(
             f"{directory} was written under {saved}, this run has {mine}: "
@@ -81,20 +114,18 @@ def load(worker: TrainWorker, directory: str | Path) -> None:
                 else "the plain optimizer resumes under the same layout only"
             )
         )
-    reset_optimizer_state(worker.optimizer)  # torch's Adam makes its state lazily; loading wants it there
-    state = _model_state(worker.actor, distributed)
-    same_layout = saved == mine
-    if same_layout:
-        state["random"] = _random_state(worker)
-    state["optimizer"] = worker.optimizer.sharded_state_dict(
-        state, is_loading=True, metadata=_metadata(worker.actor, distributed)
-    )
+    reset_optimizer_state(optimizer)  # torch's Adam makes its state lazily; loading wants it there
+    state = _model_state(model, distributed)
+    with_random = random_state is not None and saved == mine
+    if with_random:
+        state["random"] = random_state
+    state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=True, metadata=_metadata(model, distributed))
     loaded = compat.load_checkpoint(state, str(directory))
-    _load_model(worker.actor, loaded)
-    worker.optimizer.load_state_dict(loaded["optimizer"])
-    _separate_step_counts(worker.optimizer)
-    worker.scheduler.load_state_dict(loaded["scheduler"])
-    if same_layout:
+    _load_model(model, loaded)
+    optimizer.load_state_dict(loaded["optimizer"])
+    _separate_step_counts(optimizer)
+    trained.scheduler.load_state_dict(loaded["scheduler"])
+    if with_random:
         _set_random_state(loaded["random"])
 
 
@@ -132,12 +163,12 @@ def _load_model(model: BuiltModel, loaded: dict[str, Any]) -> None:
             raise ValueError(f"checkpoint and model {model.name} differ in {len(wrong)} tensors, e.g. {wrong[:3]}")
 
 
-def _complete_optimizer_state(worker: TrainWorker) -> None:
+def _complete_optimizer_state(optimizer: Any) -> None:
     """Before the first step Adam has no state to save."""
-    for inner in getattr(worker.optimizer, "chained_optimizers", [worker.optimizer]):
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
         adam = inner.optimizer
         if adam is not None and any(not adam.state.get(p) for g in adam.param_groups for p in g["params"]):
-            reset_optimizer_state(worker.optimizer)
+            reset_optimizer_state(optimizer)
             return
 
 

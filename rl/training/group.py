@@ -85,8 +85,9 @@ class Trainer:
     ) -> None:
         self.spec = spec
         self.limits = limits or TrainerLimits()
-        self.steps = 0  # optimizer steps so far, what micro-batch keys count
-        self._set: Counts | None = None  # what the chunks of the open set learn from
+        self.steps = 0  # optimizer steps of the actor so far, what micro-batch keys count
+        self.critic_steps = 0  # likewise, of the critic
+        self._sets: dict[str, Counts] = {}  # what the chunks of each model's open set learn from
         world = spec.layout.world
         options: dict[str, Any] = {
             "num_cpus": 1,
@@ -135,11 +136,11 @@ class Trainer:
             ranks: that take part: whole replicas of the model (``rl.orchestration.blocks``), between which a forward
                 pass communicates nothing; the batch has micro-batches for no others. None: all.
         """
-        parts, ahead = self._parts(batch), self._plans(plans)
+        parts, ahead = self._parts(batch, model), self._plans(plans)
         chosen = range(len(self.handles)) if ranks is None else ranks
         calls = [
             self.handles[rank].logprobs.remote(
-                parts[self._dp(rank)], model, pass_, self.steps, routes, settings, ahead[rank], first_micro_batch
+                parts[rank], model, pass_, self.steps, routes, settings, ahead[rank], first_micro_batch
             )
             for rank in chosen
         ]
@@ -151,23 +152,70 @@ class Trainer:
             total.differing += report.differing
         return merged, total
 
-    def train(
-        self, batch: MiniBatch, objective: Objective, *, lr: float | None = None, plans: PassPlans | None = None
-    ) -> StepOutcome:
-        """One optimizer step; plans as for :meth:`logprobs`."""
-        parts, ahead = self._parts(batch), self._plans(plans)
+    def values(
+        self,
+        batch: MiniBatch,
+        *,
+        model: str = "critic",
+        first_micro_batch: int = 0,
+        ranks: Sequence[int] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """What the critic (or the ``"scorer"``) says before every learnt token, ``[T]`` by sample, aligned with tokens.
+
+        Args:
+            batch: laid out for the model's layout (``spec.layout_of``).
+            model: whose head.
+            first_micro_batch, ranks: as for :meth:`logprobs`.
+        """
+        parts = self._parts(batch, model)
+        chosen = range(len(self.handles)) if ranks is None else ranks
         calls = [
-            handle.train.remote(parts[self._dp(rank)], self.steps, objective, lr, ahead[rank])
+            self.handles[rank].values.remote(parts[rank], self._step_of(model), model, first_micro_batch)
+            for rank in chosen
+        ]
+        merged: dict[str, np.ndarray] = {}
+        for values in self._all(calls, self.limits.step_s, f"values of the {model}", chosen):
+            merged |= values
+        return merged
+
+    def train(
+        self,
+        batch: MiniBatch,
+        objective: Objective,
+        *,
+        lr: float | None = None,
+        plans: PassPlans | None = None,
+        model: str = "actor",
+    ) -> StepOutcome:
+        """One optimizer step of the actor or the critic; plans as for :meth:`logprobs`, and the actor's."""
+        parts, ahead, step = self._parts(batch, model), self._plans(plans), self._step_of(model)
+        calls = [
+            handle.train.remote(parts[rank], step, objective, lr, ahead[rank], model)
             for rank, handle in enumerate(self.handles)
         ]
-        results = self._all(calls, self.limits.step_s, f"optimizer step {self.steps}")
-        self.steps += 1
+        results = self._all(calls, self.limits.step_s, f"optimizer step {step} of the {model}")
+        self._stepped(model)
         return step_outcome(results, batch.learnt)
+
+    def _step_of(self, model: str) -> int:
+        return self.critic_steps if model == "critic" else self.steps
+
+    def _stepped(self, model: str) -> None:
+        if model == "critic":
+            self.critic_steps += 1
+        else:
+            self.steps += 1
 
     # ---------------------------------------------------------------- sets that arrive in chunks
 
     def accumulate(
-        self, batch: MiniBatch, objective: Objective, *, plans: PassPlans | None = None, first: bool
+        self,
+        batch: MiniBatch,
+        objective: Objective,
+        *,
+        plans: PassPlans | None = None,
+        first: bool,
+        model: str = "actor",
     ) -> ChunkOutcome:
         """Forward and backward of one chunk of a set, whose optimizer step is :meth:`apply`'s.
 
@@ -176,31 +224,32 @@ class Trainer:
             objective: the loss.
             plans: of this chunk, as for :meth:`logprobs`.
             first: begins a set.
+            model: whose set.
 
         Raises:
             AccumulationError: a set begun twice, or not at all.
         """
-        check_first(self._set is not None, first)
-        parts, ahead = self._parts(batch), self._plans(plans)
+        check_first(model in self._sets, first)
+        parts, ahead, step = self._parts(batch, model), self._plans(plans), self._step_of(model)
         calls = [
-            handle.accumulate.remote(parts[self._dp(rank)], self.steps, objective, ahead[rank], first)
+            handle.accumulate.remote(parts[rank], step, objective, ahead[rank], first, model)
             for rank, handle in enumerate(self.handles)
         ]
-        self._set = self.accumulated + batch.learnt
-        results = self._all(calls, self.limits.step_s, f"a chunk of optimizer step {self.steps}")
+        self._sets[model] = self.accumulated(model) + batch.learnt
+        results = self._all(calls, self.limits.step_s, f"a chunk of optimizer step {step} of the {model}")
         return chunk_outcome(results, batch.learnt)
 
-    @property
-    def accumulated(self) -> Counts:
-        """What the chunks of the open set learn from so far: true counts."""
-        return self._set or Counts()
+    def accumulated(self, model: str = "actor") -> Counts:
+        """What the chunks of a model's open set learn from so far: true counts."""
+        return self._sets.get(model, Counts())
 
-    def apply(self, scale: float, *, lr: float | None = None) -> StepOutcome:
+    def apply(self, scale: float, *, lr: float | None = None, model: str = "actor") -> StepOutcome:
         """End the set: one optimizer step on the gradients of all its chunks.
 
         Args:
-            scale: estimated denominator / true one: ``Counts(estimate).scale(aggregation, trainer.accumulated)``.
+            scale: estimated denominator / true one: ``Counts(estimate).scale(aggregation, trainer.accumulated())``.
             lr: learning rate of this step; None follows the schedule.
+            model: whose set.
 
         Returns:
             the step, with what all its chunks did; seconds of chunks add up.
@@ -209,16 +258,16 @@ class Trainer:
             AccumulationError: no set is open.
             ValueError: a scale that is no positive number.
         """
-        check_apply(self._set is not None, scale)
-        results = self._call("apply", scale, lr, limit=self.limits.step_s)
-        learnt, self._set = self.accumulated, None
-        self.steps += 1
+        check_apply(model in self._sets, scale)
+        results = self._call("apply", scale, lr, model, limit=self.limits.step_s)
+        learnt = self._sets.pop(model)
+        self._stepped(model)
         return step_outcome(results, learnt)
 
     def discard(self) -> None:
-        """Drop the open set, if there is one, with its gradients."""
+        """Drop open sets, if there are any, with their gradients."""
         self._call("discard", limit=self.limits.step_s)
-        self._set = None
+        self._sets.clear()
 
     # ---------------------------------------------------------------- colocated mode
 
@@ -264,7 +313,7 @@ class Trainer:
         return expert_groups(self.spec.layout, told) if all(each is not None for each in told) else ()
 
     def end_warmup(self) -> None:
-        """Fresh optimizer state; the reference takes today's weights."""
+        """Fresh optimizer state; reference and critic take today's weights."""
         self._call("end_warmup", limit=self.limits.step_s)
 
     # ---------------------------------------------------------------- weights
@@ -311,12 +360,21 @@ class Trainer:
     ) -> None:
         self.stop()
 
-    def _dp(self, rank: int) -> int:
-        return self.spec.layout.coordinates(rank)["dp"]
+    def _parts(self, batch: MiniBatch, model: str) -> list[Any]:
+        """By rank a reference to its part: each put once for all tensor and pipeline ranks of a data-parallel one.
 
-    def _parts(self, batch: MiniBatch) -> list[Any]:
-        """One reference per data-parallel rank: put once for all its tensor and pipeline ranks."""
-        return [ray.put(batch.part(dp)) for dp in range(self.spec.layout.dp)]
+        Raises:
+            ValueError: a batch that was laid out for another layout than the model's.
+        """
+        layout = self.spec.layout_of(model)
+        laid_out = len(batch.layout.micro_batches)
+        if laid_out != layout.dp:
+            raise ValueError(
+                f"{model}: expected a batch for {layout.dp} data-parallel ranks, got one for {laid_out}: pack it for "
+                "the model's own layout"
+            )
+        parts = [ray.put(batch.part(dp)) for dp in range(layout.dp)]
+        return [parts[layout.coordinates(rank)["dp"]] for rank in range(layout.world)]
 
     def _plans(self, plans: PassPlans | None) -> list[Any]:
         """By rank a reference to its group's plans, each put once."""

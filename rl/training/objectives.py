@@ -12,12 +12,16 @@ import torch
 
 from megatron_ultraep.layout import MicroBatch
 from rl.algorithms.losses import Normaliser, PolicyLossConfig, PolicyTokens, policy_loss
+from rl.algorithms.values import ValueTokens, value_loss
 from rl.training.batch import MiniBatch, PackedTensors, pack_field
-from rl.training.passes import PassRunner, PassSettings, RouteMode
+from rl.training.passes import PassRunner, PassSettings, RouteMode, row_values
 
 
 class Objective(Protocol):
-    """From one micro-batch's logits to its additive share of the mini-batch loss and sums of metrics."""
+    """From one micro-batch's output to its additive share of the mini-batch loss and sums of metrics.
+
+    The output is logits ``[rows, vocab/tp]``, of a model with a scalar head ``[rows, 1]``.
+    """
 
     routes: RouteMode
 
@@ -86,3 +90,32 @@ class SupervisedObjective:
         errors = torch.zeros_like(packed.segment_tokens).index_add_(0, packed.sample_index, wrong.to(torch.int64))
         exact = ((errors == 0) & (packed.segment_tokens > 0)).sum()
         return total / max(1, batch.total_tokens), {"nll": total.detach(), "exact": exact}
+
+
+@dataclass(frozen=True)
+class ValueObjective:
+    """The critic's loss of ``rl.algorithms.values``; its routers choose, for rollout's routes are the actor's.
+
+    Attributes:
+        clip: see ``value_loss``.
+    """
+
+    clip: float | None = None
+    routes: RouteMode = "own"
+
+    def __call__(
+        self, runner: PassRunner, batch: MiniBatch, logits: torch.Tensor, packed: PackedTensors, micro_batch: MicroBatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        values = row_values(logits)
+
+        def given(name: str) -> torch.Tensor:
+            field = pack_field(micro_batch, batch.samples, name, values.device, values.dtype)
+            if field is None:
+                raise ValueError(f"expected {name} of every sample of a critic's mini-batch, got none")
+            return field
+
+        tokens = ValueTokens(values, given("values"), given("returns"), packed.mask)
+        normaliser = Normaliser(
+            total_tokens=float(max(1, batch.total_tokens)), total_sequences=float(max(1, batch.total_sequences))
+        )
+        return value_loss(tokens, self.clip, normaliser)

@@ -6,7 +6,7 @@
 
 | part | what | how |
 |---|---|---|
-| weights | parameters of the actor (in DDP's buffers with the distributed optimizer) and of the reference | copied |
+| weights | parameters of all models: of those that learn in DDP's buffers with the distributed optimizer | copied |
 | gradients | DDP's gradient buffers | dropped: between steps nobody reads them; zeros afterwards |
 | optimizer | main parameters that are copies, Adam's moments | copied |
 
@@ -109,9 +109,10 @@ class Offloader:
         started = time.perf_counter()
         worker, sizes = self._worker, dict.fromkeys(_parts(what), 0)
         if any(part not in self._away for part in sizes):
-            compat.synchronize_parameters(worker.actor.wrapped)  # gathered in the background with overlap
-            if "gradients" not in self._away:
-                worker.empty_gradients()  # the optimizer may hold copies of its own
+            for trained in worker.trained.values():
+                compat.synchronize_parameters(trained.model.wrapped)  # gathered in the background with overlap
+                if "gradients" not in self._away:
+                    trained.empty_gradients()  # the optimizer may hold copies of its own
             _wait_for_device(worker.actor.device)
         known = self._storages()
         for part in sizes:
@@ -181,13 +182,15 @@ class Offloader:
     def _tensors(self, part: Part) -> Iterator[torch.Tensor]:
         worker = self._worker
         if part == "weights":
-            for model in (worker.actor, worker.reference):
-                for chunk in model.chunks if model is not None else ():
+            for model in [*(trained.model for trained in worker.trained.values()), *worker.frozen.values()]:
+                for chunk in model.chunks:
                     yield from chunk.parameters()
-        elif part == "gradients":
-            yield from compat.gradient_buffers(worker.actor.wrapped)
-        else:
-            for held in held_by(worker.optimizer).values():
+            return
+        for trained in worker.trained.values():
+            if part == "gradients":
+                yield from compat.gradient_buffers(trained.model.wrapped)
+                continue
+            for held in held_by(trained.optimizer).values():
                 for tensor in held.tensors().values():
                     if tensor.device == worker.actor.device:
                         yield tensor

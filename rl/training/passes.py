@@ -263,7 +263,6 @@ class PassRunner:
             per sample float32 (float64 for a float64 model) ``[T]`` aligned with tokens; empty but on the last stage's
             first tensor-parallel rank, so that every sample comes from one rank.
         """
-        mine = batch.layout.micro_batches[self.model.groups.coordinates["dp"]]
 
         def collect(logits: torch.Tensor, packed: PackedTensors, micro_batch: MicroBatch) -> torch.Tensor:
             return self.token_logprobs(logits, packed, settings)[0]
@@ -277,11 +276,40 @@ class PassRunner:
             forward_only=True,
             first_micro_batch=first_micro_batch,
         )
+        return self._by_sample(batch, kept), report
+
+    def values(self, batch: MiniBatch, *, pass_: Pass, step: int, first_micro_batch: int = 0) -> dict[str, np.ndarray]:
+        """What a scalar head says before every learnt token, without gradients; arguments as for :meth:`run`.
+
+        The value of token t is the output of row t-1: of the state that it is predicted from, as with log-probs.
+        Routers choose by themselves.
+
+        Returns:
+            as :meth:`logprobs`.
+        """
+
+        def collect(output: torch.Tensor, packed: PackedTensors, micro_batch: MicroBatch) -> torch.Tensor:
+            return row_values(output)
+
+        kept, _ = self.run(
+            batch,
+            pass_=pass_,
+            step=step,
+            routes="own",
+            per_micro_batch=collect,
+            forward_only=True,
+            first_micro_batch=first_micro_batch,
+        )
+        return self._by_sample(batch, kept)
+
+    def _by_sample(self, batch: MiniBatch, kept: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
+        """From ``[rows]`` of micro-batches to ``[T]`` of samples; empty but on the first tensor-parallel rank."""
         out: dict[str, np.ndarray] = {}
+        mine = batch.layout.micro_batches[self.model.groups.coordinates["dp"]]
         if self.model.groups.coordinates["tp"] == 0:
             for micro_batch, rows in zip(mine, kept, strict=False):
                 out |= unpack_rows(micro_batch, batch.samples, rows.cpu().numpy())
-        return out, report
+        return out
 
     def token_logprobs(
         self, logits: torch.Tensor, packed: PackedTensors, settings: PassSettings
@@ -381,6 +409,11 @@ class PassRunner:
                 report.rows += len(rows)
             report.differing += sum(self.replay.finish(key).values())
         return report
+
+
+def row_values(output: torch.Tensor) -> torch.Tensor:
+    """From a scalar head's output ``[rows, 1]`` to ``[rows]``, at least float32."""
+    return output[:, 0].to(torch.float64 if output.dtype == torch.float64 else torch.float32)
 
 
 def _routes_of(sample: TrainSample, model: BuiltModel) -> RouteRef:

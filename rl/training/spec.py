@@ -8,6 +8,9 @@ from megatron_ultraep.config import BalanceConfig
 from megatron_ultraep.megatron.groups import ParallelLayout
 from rl.models.builder import Recompute
 
+MODELS = ("actor", "reference", "critic", "scorer")
+"""What may live on the trainer's ranks; names in micro-batch keys."""
+
 
 @dataclass(frozen=True)
 class OptimizerSpec:
@@ -22,6 +25,36 @@ class OptimizerSpec:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class CriticSpec:
+    """The critic of PPO, on the same ranks as the actor.
+
+    Attributes:
+        model_path: Hugging Face directory of its first weights; with a head (``score.weight``) or without.
+        layout: its own parallel sizes.
+        optimizer: its settings.
+        recompute: activation recomputation.
+    """
+
+    model_path: str
+    layout: ParallelLayout
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    recompute: Recompute = field(default_factory=Recompute)
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """A reward model: a language model's trunk with a head of one output, never trained.
+
+    Attributes:
+        model_path: Hugging Face directory of sequence classification with one label.
+        layout: its parallel sizes.
+    """
+
+    model_path: str
+    layout: ParallelLayout
 
 
 @dataclass(frozen=True)
@@ -43,6 +76,12 @@ class TrainerSpec:
         permute_fusion: Transformer Engine's kernels permute tokens; needs Transformer Engine.
         overlap: reduce gradients while backward runs, gather the distributed optimizer's parameters while forward runs.
         reorder: experts will change their homes; whether they can is asked at start.
+        critic: build and train a critic too; None: there is none.
+        reference_layout: parallel sizes of the reference; None: the actor's, on the actor's process groups.
+        scorer: build a reward model too.
+
+    Raises:
+        ValueError: a model whose layout is for another number of ranks.
     """
 
     model_path: str
@@ -59,3 +98,29 @@ class TrainerSpec:
     fuse_gradients: bool = False
     permute_fusion: bool = False
     reorder: bool = False
+    critic: CriticSpec | None = None
+    reference_layout: ParallelLayout | None = None
+    scorer: ScorerSpec | None = None
+
+    def __post_init__(self) -> None:
+        for model in ("critic", "reference", "scorer"):
+            world = self.layout_of(model).world
+            if world != self.layout.world:
+                raise ValueError(
+                    f"{model}: expected a layout of all {self.layout.world} trainer ranks, got one of {world}"
+                )
+
+    def layout_of(self, model: str) -> ParallelLayout:
+        """Parallel sizes of one of ``MODELS``; the actor's where a model has none of its own.
+
+        Raises:
+            ValueError: no such model.
+        """
+        if model not in MODELS:
+            raise ValueError(f"expected one of {', '.join(MODELS)}, got {model!r}")
+        own = {
+            "critic": self.critic and self.critic.layout,
+            "reference": self.reference_layout,
+            "scorer": self.scorer and self.scorer.layout,
+        }.get(model)
+        return own or self.layout

@@ -3,7 +3,9 @@
 worker = TrainWorker(TrainerSpec(...), rank, world)     # torch.distributed is initialised
 worker.load("model/")
 old, _ = worker.logprobs(part, "actor", "old_logprob", step, "replay")
+values = worker.values(part, step)                          # with a critic
 result = worker.train(part, step, PolicyObjective(...))     # or accumulate(chunk, ...) ..., apply(scale)
+result = worker.train(part, step, ValueObjective(...), model="critic")
 worker.offload()                                            # colocated: engines generate now
 worker.onload()
 chunks = list(worker.export(bucket_bytes))
@@ -11,8 +13,8 @@ chunks = list(worker.export(bucket_bytes))
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,33 +22,37 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ultraep.layout import MicroBatch, MicroBatchKey, Pass
+from megatron_ultraep.layout import Pass
 from megatron_ultraep.megatron import compat, microbatch
 from megatron_ultraep.megatron.attach import Balancer, attach, moe_layers
 from megatron_ultraep.megatron.checkpoint import home_slot_of
-from megatron_ultraep.megatron.groups import create_groups
+from megatron_ultraep.megatron.groups import ModelGroups, create_groups
 from megatron_ultraep.megatron.migrate import MoveGroup, MoveReport, make_move_group, move_experts
 from megatron_ultraep.megatron.router_replay import RoutingReplay
 from rl.models.architecture import read_architecture
 from rl.models.builder import DTYPES, BuiltModel, build_model
-from rl.models.weights import export_weights, load_weights
-from rl.training.accumulate import AccumulationError, Accumulator
-from rl.training.batch import MiniBatch, PackedTensors
-from rl.training.foresight import RankBalance, StagePlans, foreseen, rank_balance
-from rl.training.objectives import Objective, PolicyObjective, SupervisedObjective
+from rl.models.critic import build_scalar_model, load_scalar_weights
+from rl.models.weights import copy_weights, export_weights, load_weights
+from rl.training.batch import MiniBatch
+from rl.training.foresight import RankBalance, StagePlans, rank_balance
+from rl.training.objectives import Objective, PolicyObjective, SupervisedObjective, ValueObjective
 from rl.training.offload import Offloader, OffloadReport, Part
 from rl.training.passes import PassRunner, PassSettings, RouteMode, RouteReport, RouteSource, local_routes
 from rl.training.results import AccumulateResult, TrainResult
-from rl.training.spec import OptimizerSpec, TrainerSpec
+from rl.training.spec import CriticSpec, OptimizerSpec, ScorerSpec, TrainerSpec
+from rl.training.trained import TrainedModel, reset_optimizer_state
 
 __all__ = [
+    "CriticSpec",
     "Objective",
     "OptimizerSpec",
     "PolicyObjective",
+    "ScorerSpec",
     "SupervisedObjective",
     "TrainResult",
     "TrainWorker",
     "TrainerSpec",
+    "ValueObjective",
     "initialize",
     "model_exists",
     "reset_optimizer_state",
@@ -59,97 +65,129 @@ class TrainWorker:
     Args:
         spec: what to build; the same on all ranks.
         routes: where captured routes come from.
+
+    Attributes:
+        trained: models that learn, ``"actor"`` and perhaps ``"critic"``.
+        frozen: those that do not, ``"reference"`` and ``"scorer"``.
+        runners: of the passes of all of them.
     """
 
     def __init__(self, spec: TrainerSpec, routes: RouteSource = local_routes) -> None:
-        self.spec = spec
-        arch = read_architecture(spec.model_path)
-        dtype = DTYPES[spec.dtype]
-        if dtype == torch.float64 and spec.distributed_optimizer:
-            raise ValueError("Megatron's distributed optimizer takes no float64: set distributed_optimizer to false")
-        if dtype == torch.float64 and spec.optimizer.clip_grad:
-            raise ValueError("Megatron clips no float64 gradients: set optimizer.clip_grad to 0")
+        self.spec, self.routes = spec, routes
+        _check_float64(spec)
         microbatch.install()
-        self.groups = create_groups(spec.layout, timeout_s=spec.collective_s)
+        # Groups and models are made in one order on all ranks: actor, reference, critic, scorer.
+        self.groups = self._groups("actor")
+        self.trained: dict[str, TrainedModel] = {}
+        self.frozen: dict[str, BuiltModel] = {}
+        self.runners: dict[str, PassRunner] = {}
         self.actor = build_model(
-            arch,
+            read_architecture(spec.model_path),
             self.groups,
             name="actor",
-            dtype=dtype,
+            dtype=DTYPES[spec.dtype],
             recompute=spec.recompute,
             seed=spec.seed,
             permute_fusion=spec.permute_fusion,
         )
         load_weights(self.actor, spec.model_path)
         self.replay = self._replay_of(self.actor)
-        self._wrap_and_optimize()
-        self.runners = {"actor": PassRunner(self.actor, self.replay, routes)}
-        self.reference: BuiltModel | None = None
-        if spec.reference:
-            self.reference = build_model(arch, self.groups, name="reference", dtype=dtype, seed=spec.seed)
-            load_weights(self.reference, spec.model_path)
-            self.runners["reference"] = PassRunner(self.reference, self._replay_of(self.reference), routes)
-        self.balancer = self._balance()
+        self._train("actor", self.actor, self.replay, spec.optimizer)
+        self.reference = self._reference() if spec.reference else None
+        self.critic = self._critic(spec.critic) if spec.critic is not None else None
+        if spec.scorer is not None:
+            self._scorer(spec.scorer)
+        self._balance()
         self._move_group: MoveGroup | None = None
         if spec.reorder:
             self._move_group = self._make_move_group()
-        self.accumulator = Accumulator(self)
         self.offloader = Offloader(self)
+
+    # ---------------------------------------------------------------- building
+
+    def _groups(self, model: str) -> ModelGroups:
+        return create_groups(self.spec.layout_of(model), timeout_s=self.spec.collective_s)
+
+    def _train(self, name: str, model: BuiltModel, replay: RoutingReplay | None, optimizer: OptimizerSpec) -> None:
+        """Wrap a model and give it an optimizer and a runner."""
+        spec = self.spec
+        self.runners[name] = PassRunner(model, replay, self.routes)
+        self.trained[name] = TrainedModel(
+            model,
+            self.runners[name],
+            optimizer,
+            distributed_optimizer=spec.distributed_optimizer,
+            overlap=spec.overlap,
+            fuse_gradients=spec.fuse_gradients,
+        )
+
+    def _reference(self) -> BuiltModel:
+        spec = self.spec
+        own = spec.reference_layout not in (None, spec.layout)
+        groups = self._groups("reference") if own else self.groups
+        model = build_model(
+            read_architecture(spec.model_path), groups, name="reference", dtype=DTYPES[spec.dtype], seed=spec.seed
+        )
+        load_weights(model, spec.model_path)
+        self.frozen["reference"] = model
+        self.runners["reference"] = PassRunner(model, self._replay_of(model), self.routes)
+        return model
+
+    def _critic(self, critic: CriticSpec) -> BuiltModel:
+        """Groups of its own even where its layout is the actor's: both may be under way at the same time."""
+        spec = self.spec
+        model = build_scalar_model(
+            read_architecture(critic.model_path),
+            self._groups("critic"),
+            name="critic",
+            dtype=DTYPES[spec.dtype],
+            recompute=critic.recompute,
+            seed=spec.seed,
+            permute_fusion=spec.permute_fusion,
+        )
+        load_scalar_weights(model, critic.model_path)
+        self._train("critic", model, None, critic.optimizer)
+        return model
+
+    def _scorer(self, scorer: ScorerSpec) -> None:
+        model = build_scalar_model(
+            read_architecture(scorer.model_path),
+            self._groups("scorer"),
+            name="scorer",
+            dtype=DTYPES[self.spec.dtype],
+            seed=self.spec.seed,
+        )
+        load_scalar_weights(model, scorer.model_path, head_required=True)
+        self.frozen["scorer"] = model
+        self.runners["scorer"] = PassRunner(model, None)
 
     def _replay_of(self, model: BuiltModel) -> RoutingReplay | None:
         return RoutingReplay(model.chunks, model.arch.moe_layer_of()) if model.arch.is_moe else None
 
-    def _balance(self) -> Balancer | None:
-        """Balance the actor, and the reference too, which leaves no records."""
+    def _balance(self) -> None:
+        """Balance every model whose experts are on several ranks; only the actor leaves records."""
         balance = self.spec.balance
+        self.balancer: Balancer | None = None
         if balance is None or not balance.enabled:
-            return None
-        if self.reference is not None:
-            attach(self.reference.chunks, dataclasses.replace(balance, record=""), timeout_s=self.spec.collective_s)
-        return attach(self.actor.wrapped, balance, timeout_s=self.spec.collective_s)
+            return
+        silent = dataclasses.replace(balance, record="")
+        for name, model in self.frozen.items():
+            if self.spec.layout_of(name).ep > 1:
+                attach(model.chunks, silent, timeout_s=self.spec.collective_s)
+        if self.critic is not None and self.spec.layout_of("critic").ep > 1:
+            self.trained["critic"].balancer = attach(self.critic.wrapped, silent, timeout_s=self.spec.collective_s)
+        self.balancer = attach(self.actor.wrapped, balance, timeout_s=self.spec.collective_s)
+        self.trained["actor"].balancer = self.balancer
 
-    def _wrap_and_optimize(self) -> None:
-        spec, actor = self.spec, self.actor
-        chunks = list(actor.chunks)
-        if actor.dtype == torch.bfloat16:
-            chunks = [compat.float16_module(actor.config, chunk) for chunk in chunks]
-        actor.wrapped = compat.distributed_data_parallel(
-            actor.config,
-            chunks,
-            self.groups.collection,
-            distributed_optimizer=spec.distributed_optimizer,
-            grad_dtype_fp32=actor.dtype != torch.float64,
-            overlap=spec.overlap,
-        )
-        if spec.fuse_gradients:
-            compat.fuse_weight_gradients(actor.wrapped)
-        o = spec.optimizer
-        self.optimizer = compat.optimizer(
-            actor.wrapped,
-            self.groups.collection,
-            lr=o.lr,
-            min_lr=o.min_lr,
-            adam_beta1=o.betas[0],
-            adam_beta2=o.betas[1],
-            adam_eps=o.eps,
-            weight_decay=o.weight_decay,
-            clip_grad=o.clip_grad,
-            bf16=actor.dtype == torch.bfloat16,
-            params_dtype=actor.dtype,
-            use_distributed_optimizer=spec.distributed_optimizer,
-        )
-        self.scheduler = compat.parameter_scheduler(
-            self.optimizer,
-            max_lr=o.lr,
-            min_lr=o.min_lr if o.schedule != "constant" else min(o.min_lr, o.lr),
-            warmup_steps=o.warmup_steps,
-            decay_steps=o.decay_steps,
-            style=o.schedule,
-            weight_decay=o.weight_decay,
-        )
-        self._finalize = compat.finalize_grads_summed(self.groups.collection)
-        actor.config.finalize_model_grads_func = self._finalize
-        actor.config.grad_scale_func = self.optimizer.scale_loss
+    @property
+    def optimizer(self) -> Any:
+        """The actor's."""
+        return self.trained["actor"].optimizer
+
+    @property
+    def scheduler(self) -> Any:
+        """Of the actor's learning rate."""
+        return self.trained["actor"].scheduler
 
     # ---------------------------------------------------------------- passes
 
@@ -169,66 +207,45 @@ class TrainWorker:
         Plans are those of the actor; see :meth:`train`. Needs no more than weights on the device.
         """
         self.offloader.require("log-probs", "weights")
-        with self._foreseen(batch, pass_, step, plans, first_micro_batch):
+        with (
+            self.trained["actor"].foreseen(batch, pass_, step, plans, first_micro_batch)
+            if model == "actor"
+            else contextlib.nullcontext()
+        ):
             return self.runners[model].logprobs(
                 batch, settings, pass_=pass_, step=step, routes=routes, first_micro_batch=first_micro_batch
             )
 
-    def _foreseen(self, batch: MiniBatch, pass_: Pass, step: int, plans: StagePlans | None, first: int) -> Any:
-        mine = batch.layout.micro_batches[self.groups.coordinates["dp"]]
-        keys = [MicroBatchKey(self.actor.name, pass_, step, first + i) for i in range(len(mine))]
-        ids = batch.layout.sample_ids
-        samples = {
-            key: [ids[s.sample] for s in micro_batch.segments] for key, micro_batch in zip(keys, mine, strict=True)
-        }
-        return foreseen(self.balancer, plans, keys, samples, self.actor.device)
+    def values(
+        self, batch: MiniBatch, step: int, *, model: str = "critic", first_micro_batch: int = 0
+    ) -> dict[str, Any]:
+        """What the critic (or the ``"scorer"``) says before every learnt token, see :meth:`PassRunner.values`.
+
+        Args:
+            batch: this rank's part, laid out for the model's layout.
+            step, first_micro_batch: of the micro-batch keys.
+            model: whose head.
+
+        Raises:
+            ValueError: the trainer has no such model.
+        """
+        self.offloader.require("values", "weights")
+        if model not in self.runners:
+            raise ValueError(f"expected a trainer with a {model}, got {', '.join(self.runners)}: configure one")
+        return self.runners[model].values(batch, pass_="old_logprob", step=step, first_micro_batch=first_micro_batch)
 
     def gradients(
-        self, batch: MiniBatch, step: int, objective: Objective, plans: StagePlans | None = None
-    ) -> tuple[float, dict[str, float], RouteReport]:
-        """Forward and backward of one mini-batch, gradients reduced and left in ``main_grad``; see :meth:`train`."""
-        self._require_no_set("a mini-batch")
-        self.offloader.require("gradients", "weights", "gradients", "optimizer")
-        self.empty_gradients()
-        return self.forward_backward(batch, step, objective, plans)
-
-    def forward_backward(
         self,
         batch: MiniBatch,
         step: int,
         objective: Objective,
         plans: StagePlans | None = None,
         *,
-        first_micro_batch: int = 0,
+        model: str = "actor",
     ) -> tuple[float, dict[str, float], RouteReport]:
-        """Add gradients to ``main_grad``, and finalize them if the model's configuration says so.
-
-        Args:
-            batch, step, objective, plans: as for :meth:`train`.
-            first_micro_batch: see :meth:`PassRunner.run`.
-        """
-        runner = self.runners["actor"]
-
-        def per_micro_batch(logits: torch.Tensor, packed: PackedTensors, micro_batch: MicroBatch) -> Any:
-            loss, sums = objective(runner, batch, logits, packed, micro_batch)
-            return loss, {"loss": loss.detach(), **sums}
-
-        with self._foreseen(batch, "train", step, plans, first_micro_batch):
-            kept, report = runner.run(
-                batch,
-                pass_="train",
-                step=step,
-                routes=objective.routes,
-                per_micro_batch=per_micro_batch,
-                forward_only=False,
-                first_micro_batch=first_micro_batch,
-            )
-        sums: dict[str, float] = {}
-        if self.groups.coordinates["tp"] == 0:
-            for entry in kept:
-                for name, value in entry.items():
-                    sums[name] = sums.get(name, 0.0) + float(value)
-        return sums.pop("loss", 0.0), sums, report
+        """Forward and backward of one mini-batch, gradients reduced and left in ``main_grad``; see :meth:`train`."""
+        self.offloader.require("gradients", "weights", "gradients", "optimizer")
+        return self._trained(model).gradients(batch, step, objective, plans)
 
     def train(
         self,
@@ -238,6 +255,7 @@ class TrainWorker:
         *,
         lr: float | None = None,
         plans: StagePlans | None = None,
+        model: str = "actor",
     ) -> TrainResult:
         """One optimizer step.
 
@@ -247,42 +265,18 @@ class TrainWorker:
             objective: the loss.
             lr: learning rate of this step; None follows the schedule.
             plans: made ahead, of this rank; given to all ranks or to none. None plans on exact loads.
+            model: which one learns, ``"actor"`` or ``"critic"``; the batch is laid out for its layout.
 
         Raises:
             ForesightMismatch: on all ranks, before the optimizer steps, where routes are not those planned for.
         """
-        started = time.perf_counter()
-        self.balance_metrics()  # of passes before this one
-        loss, sums, report = self.gradients(batch, step, objective, plans)
-        computed = time.perf_counter()
-        grad_norm, used, updated = self.optimizer_step(lr)
-        ended = time.perf_counter()
-        return TrainResult(
-            loss=loss,
-            sums=sums,
-            grad_norm=grad_norm,
-            lr=used,
-            updated=updated,
-            routes=report,
-            seconds={"forward_backward": computed - started, "optimizer": ended - computed},
-            balance=self.balance_metrics(),
-        )
+        self.offloader.require("gradients", "weights", "gradients", "optimizer")
+        return self._trained(model).train(batch, step, objective, lr=lr, plans=plans)
 
-    def optimizer_step(self, lr: float | None) -> tuple[float, float, bool]:
-        """Step on the gradients that are in ``main_grad``, finalized; ``(norm before clipping, lr, updated)``."""
-        if lr is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-        used = float(self.optimizer.param_groups[0]["lr"]) if self.optimizer.param_groups else 0.0
-        updated, grad_norm, _ = self.optimizer.step()
-        if lr is None:
-            self.scheduler.step(increment=1)
-        return float(grad_norm) if grad_norm is not None else float("nan"), used, bool(updated)
-
-    def balance_metrics(self) -> dict[str, float]:
-        """Of balancing since the last call, on one rank of each expert-parallel group; empty on the others."""
-        found = self.balancer.metrics() if self.balancer is not None else {}
-        return found if self.groups.coordinates["ep"] == 0 else {}
+    def _trained(self, model: str) -> TrainedModel:
+        if model not in self.trained:
+            raise ValueError(f"expected a trainer that trains a {model}, got {', '.join(self.trained)}: configure one")
+        return self.trained[model]
 
     # ---------------------------------------------------------------- sets that arrive in chunks
 
@@ -294,6 +288,7 @@ class TrainWorker:
         *,
         plans: StagePlans | None = None,
         first: bool,
+        model: str = "actor",
     ) -> AccumulateResult:
         """Forward and backward of one chunk of a set; gradients stay in ``main_grad``, not reduced.
 
@@ -304,20 +299,22 @@ class TrainWorker:
             objective: the loss.
             plans: of this chunk; see :meth:`train`.
             first: begins a set.
+            model: whose set; see :meth:`train`.
 
         Raises:
             AccumulationError: a set begun twice or not at all, or gradients that are reduced during backward.
             ForesightMismatch: see :meth:`train`; the set is discarded.
         """
         self.offloader.require("gradients", "weights", "gradients", "optimizer")
-        return self.accumulator.accumulate(batch, step, objective, plans=plans, first=first)
+        return self._trained(model).accumulator.accumulate(batch, step, objective, plans=plans, first=first)
 
-    def apply(self, scale: float, *, lr: float | None = None) -> TrainResult:
+    def apply(self, scale: float, *, lr: float | None = None, model: str = "actor") -> TrainResult:
         """End a set: scale its gradients, reduce them once, and step.
 
         Args:
             scale: estimated denominator / true one, see ``Counts.scale``; the same on all ranks.
             lr: learning rate of this step; None follows the schedule.
+            model: whose set.
 
         Returns:
             what all chunks did together.
@@ -326,21 +323,16 @@ class TrainWorker:
             AccumulationError: no set is open.
             ValueError: a scale that is no positive number.
         """
-        return self.accumulator.apply(scale, lr)
+        return self._trained(model).accumulator.apply(scale, lr)
 
     def discard(self) -> None:
-        """Drop the open set, if there is one."""
-        self.accumulator.discard()
-
-    def finalize_gradients(self) -> None:
-        """Reduce what is in ``main_grad`` over ranks, as Megatron does at the end of its schedules."""
-        self._finalize(self.actor.wrapped)
+        """Drop open sets, if there are any."""
+        for trained in self.trained.values():
+            trained.accumulator.discard()
 
     def _require_no_set(self, what: str) -> None:
-        if self.accumulator.is_open:
-            raise AccumulationError(
-                f"{what} would empty the gradients of the set that is open: apply() or discard() it"
-            )
+        for trained in self.trained.values():
+            trained.require_no_set(what)
 
     # ---------------------------------------------------------------- colocated mode
 
@@ -374,7 +366,7 @@ class TrainWorker:
             raise ValueError("only balanced layers send tokens to experts that changed their homes: enable balancing")
         self._require_no_set("moving experts")
         self.offloader.require("moving experts", "weights", "gradients", "optimizer")
-        self.empty_gradients()
+        self.trained["actor"].empty_gradients()
         if self._move_group is None:
             self._move_group = self._make_move_group()
         report = move_experts(self.actor.wrapped, self.optimizer, homes, self._move_group, limit_bytes=limit_bytes)
@@ -392,12 +384,6 @@ class TrainWorker:
             return None
         return rank_balance(self.balancer, self.actor.chunks, self.actor.arch.moe_layer_of())
 
-    def empty_gradients(self) -> None:
-        """Zeros in ``main_grad``."""
-        for chunk in self.actor.wrapped:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-
     def _send_experts_back(self) -> None:
         """All experts to where Megatron has them."""
         layers = moe_layers(self.actor.chunks)
@@ -406,11 +392,21 @@ class TrainWorker:
             self.reorder({int(layer.layer_number): tuple(range(layer.config.num_moe_experts)) for layer in away})
 
     def end_warmup(self) -> None:
-        """Forget the optimizer's moments, go back to the schedule; the reference takes today's weights."""
+        """Forget the optimizer's moments, go back to the schedule; reference and critic take today's weights.
+
+        A critic with weights of its own (another ``model_path``) keeps them, and so does every critic its head.
+        """
         self.offloader.require("the end of the warm-up", "weights", "gradients", "optimizer")
-        reset_optimizer_state(self.optimizer)
-        self.scheduler.step(increment=0)
-        if self.reference is not None:
+        self.trained["actor"].forget()
+        compat.synchronize_parameters(self.actor.wrapped)
+        if self.critic is not None and self.spec.critic and self.spec.critic.model_path == self.spec.model_path:
+            copy_weights(self.actor, self.critic)
+            self.trained["critic"].refresh()
+        if self.reference is None:
+            return
+        if self.reference.groups is not self.groups:
+            copy_weights(self.actor, self.reference)
+        else:
             self._send_experts_back()  # the reference has never moved
             with torch.no_grad():
                 for mine, theirs in zip(self.actor.chunks, self.reference.chunks, strict=True):
@@ -441,22 +437,15 @@ class TrainWorker:
             self.balancer.close()
 
 
-def reset_optimizer_state(optimizer: Any) -> None:
-    """Adam's moments and step counts to zero; makes them where the first step has not yet."""
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        adam = inner.optimizer
-        if adam is None:
-            continue
-        for group in adam.param_groups:
-            for p in group["params"]:
-                state = adam.state[p]
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = torch.zeros_like(p)
-                # TE's fused Adam counts per group, from its first step on; torch's per parameter.
-                if "step" not in group and not hasattr(adam, "name_to_dtype_map"):
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-            if "step" in group:
-                group["step"] = 0
+def _check_float64(spec: TrainerSpec) -> None:
+    if spec.dtype != "float64":
+        return
+    if spec.distributed_optimizer:
+        raise ValueError("Megatron's distributed optimizer takes no float64: set distributed_optimizer to false")
+    clips = {"optimizer": spec.optimizer} | ({"critic.optimizer": spec.critic.optimizer} if spec.critic else {})
+    for name, optimizer in clips.items():
+        if optimizer.clip_grad:
+            raise ValueError(f"Megatron clips no float64 gradients: set {name}.clip_grad to 0")
 
 
 def initialize(rank: int, world: int, address: str, backend: str, timeout_s: float) -> None:

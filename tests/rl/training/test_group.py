@@ -46,11 +46,11 @@ def test_a_set_in_chunks_is_one_step(cluster, tmp_path):
             with pytest.raises(AccumulationError, match="apply\\(\\) the open set, or discard\\(\\) it"):
                 trainer.accumulate(batch, objective, first=True)
         assert len(chunks) > 1
-        assert trainer.accumulated == whole.learnt
-        scale = estimate.scale("token_mean", trainer.accumulated)
+        assert trainer.accumulated() == whole.learnt
+        scale = estimate.scale("token_mean", trainer.accumulated())
         streamed = trainer.apply(scale)
         assert trainer.steps == 1
-        assert trainer.accumulated == Counts()
+        assert trainer.accumulated() == Counts()
         assert streamed.loss == pytest.approx(scale * sum(chunk.loss for chunk in chunks))
         assert streamed.tokens == sum(chunk.tokens for chunk in chunks) == whole.learnt.tokens
         assert set(streamed.seconds) == {"forward_backward", "reduce", "optimizer"}
