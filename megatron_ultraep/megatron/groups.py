@@ -1,16 +1,24 @@
 """Process groups of one model, explicit: two models of different layouts can live in one process.
 
 Megatron-core's global ``parallel_state`` is never initialised; whatever would ask it fails loudly.
+
+A model's stages may lie on the ranks in another order than that of ranks (``ParallelLayout.placement``). That is a
+renumbering of ranks and nothing else: groups list their members in the order of stages and data-parallel ranks, so
+whatever asks a group for its rank, as Megatron does everywhere, is told the stage.
 """
 
 from __future__ import annotations
 
+import builtins
+import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, overload
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megatron_ultraep.megatron import compat
 
@@ -28,6 +36,9 @@ class ParallelLayout:
         tp, pp, ep, etp: tensor, pipeline, expert and expert-tensor parallel sizes.
         vpp: model chunks per pipeline stage (interleaved schedule), or None.
         cp: context parallel size; only 1 is supported.
+        placement: ``[replica][stage]``, node; a node is ``world / (replicas*pp)`` consecutive ranks, which hold one
+            stage of one replica. Replicas are data-parallel copies, so ``dp`` counts them all. Nodes are all of the
+            model's, each once. None: stage s on the s-th part of the ranks.
 
     Raises:
         ValueError: sizes that do not fit, with what to change.
@@ -40,6 +51,7 @@ class ParallelLayout:
     ep: int = 1
     etp: int = 1
     cp: int = 1
+    placement: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("world", "tp", "pp", "ep", "etp", "cp"):
@@ -57,6 +69,30 @@ class ParallelLayout:
             raise ValueError(
                 f"vpp={self.vpp} needs pp > 1 and at least 2 chunks per stage, got pp={self.pp}: unset vpp"
             )
+        if self.placement is not None:
+            self._check_placement(self.placement)
+
+    def _check_placement(self, placement: tuple[tuple[int, ...], ...]) -> None:
+        nodes = [node for replica in placement for node in replica]
+        if not placement or any(len(replica) != self.pp for replica in placement):
+            raise ValueError(f"expected a placement of pp={self.pp} nodes for every replica, got {placement}")
+        if sorted(nodes) != list(range(len(nodes))):
+            raise ValueError(f"expected each of the nodes 0 to {len(nodes) - 1} once in the placement, got {placement}")
+        if self.world % len(nodes) or self.world // len(nodes) % self.tp or self.node_size % (self.etp * self.ep):
+            raise ValueError(
+                f"tp={self.tp} and etp*ep={self.etp}*{self.ep} must divide the ranks of a node, "
+                f"{self.world} ranks / {len(nodes)} nodes: use fewer replicas or smaller sizes"
+            )
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the pipeline that lie on nodes of their own; copies inside nodes are not counted."""
+        return len(self.placement) if self.placement else 1
+
+    @property
+    def node_size(self) -> int:
+        """Ranks that hold one stage of one replica."""
+        return self.world // (self.replicas * self.pp)
 
     @property
     def dp(self) -> int:
@@ -73,6 +109,7 @@ class ParallelLayout:
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """``{"tp", "dp", "pp", "etp", "ep", "expert_dp"}`` of a rank."""
+        rank = _numbers(self)[rank]
         stage = self.world // self.pp
         inside = rank % stage
         return {
@@ -85,10 +122,25 @@ class ParallelLayout:
         }
 
 
+@functools.cache
+def _numbers(layout: ParallelLayout) -> tuple[int, ...]:
+    """Megatron's number of each rank of the model: by stage, then by replica, then by place in the node."""
+    if layout.placement is None:
+        return tuple(range(layout.world))
+    numbers = [0] * layout.world
+    size = layout.node_size
+    for r, replica in enumerate(layout.placement):
+        for stage, node in enumerate(replica):
+            for inside in range(size):
+                numbers[node * size + inside] = (stage * layout.replicas + r) * size + inside
+    return tuple(numbers)
+
+
 def _partition(layout: ParallelLayout, *same: str) -> list[tuple[int, ...]]:
-    """The model's ranks in sets that agree in every coordinate named, by first rank."""
+    """The model's ranks in sets that agree in every coordinate named; members and sets in Megatron's order."""
     sets: dict[tuple[int, ...], list[int]] = {}
-    for rank in range(layout.world):
+    numbers = _numbers(layout)
+    for rank in sorted(range(layout.world), key=numbers.__getitem__):
         where = layout.coordinates(rank)
         sets.setdefault(tuple(where[c] for c in same), []).append(rank)
     return [tuple(ranks) for ranks in sets.values()]
@@ -113,12 +165,47 @@ class ModelGroups:
         return self.layout.coordinates(self.rank)
 
     @property
+    def replica(self) -> int:
+        """Which copy of the pipeline this rank belongs to, see ``ParallelLayout.placement``."""
+        return self.coordinates["dp"] // (self.layout.dp // self.layout.replicas)
+
+    @property
     def is_first_stage(self) -> bool:
         return self.coordinates["pp"] == 0
 
     @property
     def is_last_stage(self) -> bool:
         return self.coordinates["pp"] == self.layout.pp - 1
+
+
+def new_group(ranks: Sequence[int], *, timeout_s: float, backend: str | None = None) -> Any:
+    """A process group whose members have the ranks ``0, 1, ...`` in the order given. Collective over the world.
+
+    Args:
+        ranks: global ranks, the same list on every rank.
+        timeout_s: limit of every wait on the group, in seconds.
+        backend: the default group's by default.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    members = list(ranks)
+    if members == sorted(members):
+        return dist.new_group(members, timeout=timeout, backend=backend)
+    if "sort_ranks" in inspect.signature(dist.new_group).parameters:
+        return dist.new_group(members, timeout=timeout, backend=backend, sort_ranks=False)
+
+    # Older torch (2.11 and before) sorts by a name that it looks up in its module.
+    def in_order(values: Any, **kwargs: Any) -> list[Any]:
+        values = list(values)
+        return values if values == members else builtins.sorted(values, **kwargs)
+
+    distributed_c10d.sorted = in_order  # type: ignore[attr-defined]
+    try:
+        group = dist.new_group(members, timeout=timeout, backend=backend)
+    finally:
+        del distributed_c10d.sorted  # type: ignore[attr-defined]
+    if dist.get_rank() in members and dist.get_process_group_ranks(group) != members:
+        raise RuntimeError(f"torch made a group of {dist.get_process_group_ranks(group)} for the order {members}")
+    return group
 
 
 @overload
@@ -167,9 +254,7 @@ def create_groups(
         """Create what is not there yet; the group of this rank, None if it is in none of the sets."""
         for key in sets:
             if key not in made:
-                made[key] = dist.new_group(
-                    [members[r] for r in key], timeout=timedelta(seconds=timeout_s), backend=backend
-                )
+                made[key] = new_group([members[r] for r in key], timeout_s=timeout_s, backend=backend)
         return next((made[key] for key in sets if rank in key), None)
 
     def peers(*same: str) -> Any:
