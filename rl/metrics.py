@@ -25,7 +25,7 @@ from rl.files import json_line, read_json_lines, write_atomic, write_json_lines
 
 logger = logging.getLogger(__name__)
 
-SECTIONS = ("train", "rollout", "perf", "eval", "moe", "stream", "warmup")
+SECTIONS = ("train", "rollout", "perf", "eval", "moe", "stream", "fuse", "warmup")
 
 # With balancing on, and of training's own passes only: the names of BALANCE_METRICS.
 METRICS = BALANCE_METRICS | {
@@ -61,6 +61,14 @@ METRICS = BALANCE_METRICS | {
     "stream/chunks": "Chunks in which the iteration's samples were trained on, with stream.pipelining.",
     "stream/transfer_fallbacks": "Updates of engines so far that took the object store in place of a direct transfer.",
     "stream/engines": "Engines at the end of the iteration, those that start or leave included.",
+    "fuse/tail/threshold": "Unfinished samples at which the tail of generation was gathered; 0: it was not to be.",
+    "fuse/tail/migrated_samples": "Samples that went on at another engine.",
+    "fuse/tail/kept_tokens": "Response tokens that they took along.",
+    "fuse/tail/freed_engines": "Engines that the tail left.",
+    "fuse/tail/seconds": "Seconds from the beginning of the tail until the last sample.",
+    "fuse/tail/hidden_seconds": "Seconds of passes over samples that ran before the last sample had come.",
+    "fuse/tail/hidden_fraction": "Fraction of the iteration's tokens that were inferred on before that.",
+    "fuse/tail/predicted_saving_seconds": "Seconds that gathering saves, by simulation of recent lengths.",
     "perf/step_time": "Seconds of one iteration.",
     "perf/tokens_per_second": "Tokens of the iteration's samples over its seconds.",
     "perf/time/<phase>": "Seconds of one phase: generate, reward, reorder, prepare, old_logprob, train, "

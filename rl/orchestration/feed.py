@@ -41,6 +41,7 @@ class Batch:
         after: cursor after them.
         stream: where their groups come from.
         reward_seconds: that rewards took so far; they run beside generation.
+        began, completed: when it was started, and when its last group was there; seconds of ``time.time()``, 0 before.
     """
 
     number: int
@@ -49,6 +50,9 @@ class Batch:
     stream: GroupStream
     limit_s: float
     reward_seconds: float = 0.0
+    began: float = field(default_factory=time.time)
+    completed: float = 0.0
+    _early: dict[str, Sample] = field(default_factory=dict)
     _arrived: dict[str, list[Sample]] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
     _error: BaseException | None = None
@@ -90,6 +94,43 @@ class Batch:
             left = [uid for uid in left if uid not in taken]
             yield [sample for group in groups for sample in group]
 
+    @property
+    def complete(self) -> bool:
+        """Whether every group is here, rewarded."""
+        return len(self._arrived) == len(self.prompts)
+
+    def finished(self) -> list[Sample]:
+        """Samples that have ended: of groups that are here, and those that came ahead of their groups, unrewarded."""
+        early = self.stream.take_early()
+        with self._changed:
+            self._early |= {sample.sample_id: sample for sample in early}
+            here = {sample.sample_id: sample for group in self._arrived.values() for sample in group}
+        return list((self._early | here).values())
+
+    def wait_a_little(self, seconds: float, deadline: float) -> None:
+        """Until a group comes, or so many seconds.
+
+        Args:
+            seconds: to wait at most.
+            deadline: seconds of ``time.monotonic()`` at which a batch that is not complete has failed.
+
+        Raises:
+            TimeoutError: past the deadline. Also whatever generation or rewards raised.
+        """
+        with self._changed:
+            if self._error is not None:
+                raise self._error
+            if not self.complete:
+                if time.monotonic() > deadline:
+                    raise self._late()
+                self._changed.wait(seconds)
+
+    def _late(self) -> TimeoutError:
+        return TimeoutError(
+            f"batch {self.number}: no more groups came within {self.limit_s:g} s, {len(self._arrived)} of "
+            f"{len(self.prompts)} prompts are here; raise run.limits.generate_s"
+        )
+
     def _wait(self, enough: Callable[[], bool], wanted: Collection[str]) -> list[list[Sample]]:
         deadline = time.monotonic() + self.limit_s
         with self._changed:
@@ -98,10 +139,7 @@ class Batch:
                     raise self._error
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise TimeoutError(
-                        f"batch {self.number}: no more groups came within {self.limit_s:g} s, "
-                        f"{len(self._arrived)} of {len(self.prompts)} prompts are here; raise run.limits.generate_s"
-                    )
+                    raise self._late()
                 self._changed.wait(left)
             found = [self._arrived[uid] for uid in wanted if uid in self._arrived and uid not in self._taken]
             self._taken |= {group[0].prompt.uid for group in found}
@@ -112,6 +150,8 @@ class Batch:
         with self._changed:
             for sample in samples:
                 self._arrived.setdefault(sample.prompt.uid, []).append(sample)
+            if self.complete:
+                self.completed = time.time()
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rl import placement, versions
 from rl.algorithms.losses import PolicyLossConfig
@@ -45,6 +45,9 @@ from rl.training.group import Trainer, TrainerDied
 from rl.training.passes import PassSettings
 from rl.types import Prompt
 
+if TYPE_CHECKING:
+    from rl.orchestration.tail import Tail
+
 logger = logging.getLogger(__name__)
 
 # Phases in which trainer ranks work; in the others they wait.
@@ -64,6 +67,7 @@ class Run:
         timeline: what everybody did when.
         updating: the newest weight update, until somebody waited for it.
         ahead_of_training: batches start as soon as weights allow; not before the loop begins.
+        tail: says when the tail of a batch is gathered, and runs passes beside it; None: nothing is.
         turn: who has the GPUs of a colocated run.
         memory_gib: most GiB in use on a GPU at the end of each one's turns (of a process, on CPU); colocated only.
         transfer_seconds: that the last update took, from when it was sent to when the last engine had it.
@@ -95,6 +99,7 @@ class Run:
     updating: Future[None] | None = None
     ahead_of_training: bool = False
     elastic: Elastic | None = None
+    tail: Tail | None = None
     turn: Literal["engines", "trainer"] = "trainer"
     memory_gib: dict[str, float] = field(default_factory=dict)
     transfer_seconds: float = 0.0
@@ -214,6 +219,7 @@ class Run:
             self.sampling,
             config.run.seed,
             buffer_groups=config.stream.buffer_groups or None,
+            tail=self.tail.rule() if self.tail is not None else None,
         )
 
     def update_engines(self) -> None:

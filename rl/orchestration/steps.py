@@ -55,13 +55,14 @@ def moving(run: Run) -> Iterator[Callable[[], Moved]]:
                 begun.exception()  # raised by whoever asks for the result
 
 
-def prepare(run: Run, samples: Sequence[TrainSample], moved: Moved) -> Passes:
+def prepare(run: Run, samples: Sequence[TrainSample], moved: Moved, *, plan_old: bool = True) -> Passes:
     """What can be done before the first pass, since every route is known: experts move; layouts and plans begin.
 
     Args:
         run: the run.
         samples: of the iteration.
         moved: during rollout.
+        plan_old: whether there is a pass for old log-probs over all samples; False: it ran, or runs, in parts.
     """
     balance, algorithm, batches = run.config.balance, run.config.algorithm, schedule(run, len(samples))
     of_epoch = batches[: algorithm.mini_batches]
@@ -76,7 +77,7 @@ def prepare(run: Run, samples: Sequence[TrainSample], moved: Moved) -> Passes:
         batches,
         replay_old=mode_of(run, algorithm.routes.old_logprob) == "replay",
         replay_train=mode_of(run, algorithm.routes.train) == "replay",
-        recompute_old=algorithm.old_logprobs == "recompute",
+        recompute_old=plan_old and algorithm.old_logprobs == "recompute",
         moved=moved,
     )
 

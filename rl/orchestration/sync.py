@@ -31,6 +31,7 @@ from rl.orchestration.steps import (
     save_trace,
     train,
 )
+from rl.orchestration.tail import Inferred, Tail, finish_inference, infer_beside
 from rl.orchestration.warmup import warm_up
 from rl.progress import Progress
 from rl.report import write_report
@@ -52,6 +53,7 @@ def run(config: RunConfig, resume: Path | None = None) -> int:
     try:
         with open_run(config, resume) as state:
             state.elastic = Elastic.of_run(config, state.service, state.pool.info.start_s)
+            state.tail = Tail.of_run(config, state.pool.info, state.packing.layout)
             if state.saved_step < 0:
                 begin(state)
             total = state.total_steps()
@@ -111,11 +113,17 @@ def one_step(state: Run) -> None:
         state.updated()  # engines have to finish what they have before they take the weights that this batch needs
         feed.admit()
     batch = feed.oldest()
-    with moving(state) as moved, state.phase("generate"):
-        if config.stream.pipelining:
-            batch.wait_for(chunk_tokens(state))
-        else:
+    inferred = None
+    with moving(state) as moved:
+        if state.tail is not None:
+            inferred = infer_beside(state, batch, moved)
             samples = batch.all()
+        else:
+            with state.phase("generate"):
+                if config.stream.pipelining:
+                    batch.wait_for(chunk_tokens(state))
+                else:
+                    samples = batch.all()
     experts_moved = moved()
     state.trainer_turn()
     if config.stream.pipelining:
@@ -123,7 +131,7 @@ def one_step(state: Run) -> None:
         samples, usable, trained = arrived.samples, arrived.usable, arrived.trained
         trained_metrics = arrived.metrics | trained.metrics
     else:
-        usable, trained, trained_metrics = train_complete(state, samples, experts_moved)
+        usable, trained, trained_metrics = train_complete(state, samples, experts_moved, inferred)
     save_trace(state, samples)
     staleness = feed.measure(batch, samples)
     feed.trained()
@@ -137,6 +145,10 @@ def one_step(state: Run) -> None:
     if state.elastic is not None:
         decision = state.elastic.step((1 - idle.engines) * seconds, (1 - idle.trainer) * seconds)
         trained.ahead["engines"] = {"serving": len(state.service.engines), **decision.to_json()}
+    if state.tail is not None and inferred is not None:
+        trained.ahead["tail"] = state.tail.choice.to_json()
+        trained_metrics |= inferred.metrics(state.tail.choice)
+        state.tail.observe(samples, batch.completed - batch.began, inferred)
     metrics = {
         **rollout_metrics(samples, config.sampling.max_tokens),
         **trained_metrics,
@@ -159,16 +171,22 @@ def one_step(state: Run) -> None:
 
 
 def train_complete(
-    state: Run, samples: Sequence[Sample], experts_moved: Moved
+    state: Run, samples: Sequence[Sample], experts_moved: Moved, inferred: Inferred | None = None
 ) -> tuple[list[Sample], Trained, dict[str, float]]:
-    """The training half of an iteration whose samples are all there: usable samples, what was done, and metrics."""
+    """The training half of an iteration whose samples are all there: usable samples, what was done, and metrics.
+
+    ``inferred``: passes that ran while samples were generated.
+    """
     usable = rewarded(samples)
     if not usable:
         return usable, Trained(), {}
     state.whole = False
     given = train_samples(usable)
-    passes = prepare(state, given, experts_moved)
-    old, reference, route_metrics = old_and_reference(state, given, passes)
+    passes = prepare(state, given, experts_moved, plan_old=inferred is None)
+    if inferred is None:
+        old, reference, route_metrics = old_and_reference(state, given, passes)
+    else:
+        old, reference, route_metrics = finish_inference(state, given, inferred)
     compared = compare_own_routes(state, given)
     given, advantage_metrics = with_advantages(usable, given, state.config, old, reference)
     with state.phase("train"):
