@@ -31,7 +31,10 @@ class TailSection(Section):
     )  # fmt: skip
     window: int = Field(3, ge=1, description="Iterations whose lengths `threshold: auto` goes by.")
     drift: float = Field(
-        0.1, ge=0, le=1, description="Kolmogorov-Smirnov distance of lengths above which a threshold is chosen anew."
+        0.1,
+        ge=0,
+        le=1,
+        description="Kolmogorov-Smirnov distance of lengths, beyond chance, above which a threshold is chosen anew.",
     )
     margin: float = Field(
         0.02, ge=0, description="Fraction of generation and inference that another threshold must save."

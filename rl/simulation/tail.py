@@ -150,7 +150,7 @@ def simulate_tails(
     )
     table = _Table(profile.table(seats).tolist(), profile.prefill_seconds_per_token)
     most = longest or max(max(group.lengths) + group.prompt_tokens for group in groups)
-    rule = TailRule(max(1, *thresholds), tail_seats or seats, kv_tokens, most)
+    rule = TailRule(max([1, *thresholds]), tail_seats or seats, kv_tokens, most)
     wanted = deque(sorted({t for t in thresholds if t > 0}, reverse=True))
     total = sum(group.tokens for group in groups)
     generation.submit(groups)

@@ -8,8 +8,9 @@ Rule: the lengths of the last ``window`` steps are simulated with every candidat
 speed that generation was measured at. The threshold changes only when
 
 - there was none from lengths yet, or lengths have *drifted*: the Kolmogorov-Smirnov distance between those that it was
-  chosen for and the recent ones is above ``drift``; or the measured cost of inference against generation has changed by
-  more than a quarter;
+  chosen for and the recent ones exceeds by ``drift`` what chance makes of the same law, ``1.36 sqrt(1/n + 1/m)`` with n
+  and m prompts (the test's 5% level; samples of a prompt are alike, so prompts are what is drawn); or the measured cost
+  of inference against generation has changed by more than a quarter;
 - and the best candidate saves more than ``margin`` of the step over keeping the present one.
 
 The first condition keeps a run from simulating every step, the second from flapping between candidates that are alike.
@@ -17,6 +18,7 @@ The first condition keeps a run from simulating every step, the second from flap
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
@@ -32,6 +34,7 @@ from rl.simulation.tail import InferenceCost, simulate_tails
 
 FRACTIONS = tuple(percent / 100 for percent in range(0, 55, 5))
 _COSTS_CHANGED = 0.25
+_KS_5_PERCENT = 1.36
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class ThresholdChooser:
         profile: latency of an engine.
         tail_seats: BS_max; ``seats`` by default.
         window: steps whose lengths count.
-        drift: distance of distributions, from 0 to 1.
+        drift: distance of distributions beyond chance, from 0 to 1.
         margin: of a step's time.
     """
 
@@ -100,6 +103,7 @@ class ThresholdChooser:
         self._slowdowns: deque[float] = deque(maxlen=window)
         self._costs: deque[InferenceCost] = deque(maxlen=window)
         self._chosen_for: np.ndarray | None = None
+        self._chosen_prompts = 0
         self._chosen_at = 0.0
 
     def observe(self, groups: Sequence[SimGroup], generate_seconds: float, inference: InferenceCost) -> None:
@@ -124,7 +128,8 @@ class ThresholdChooser:
         slowdown = statistics.median(self._slowdowns)
         per_token = statistics.median(cost.seconds_per_token for cost in self._costs)
         relative = per_token / slowdown
-        why = self._why(lengths, relative)
+        prompts = sum(len(groups) for groups in self._batches)
+        why = self._why(lengths, prompts, relative)
         if why is None:
             return Choice(self.threshold, False, "lengths and costs are those that it was chosen for")
         samples = min(sum(len(group.lengths) for group in groups) for groups in self._batches)
@@ -142,7 +147,7 @@ class ThresholdChooser:
 
         best = min(candidates, key=lambda threshold: (seconds(threshold), threshold))
         plain, present, predicted = seconds(0), seconds(self.threshold), seconds(best)
-        self._chosen_for, self._chosen_at = lengths, relative
+        self._chosen_for, self._chosen_prompts, self._chosen_at = lengths, prompts, relative
         if present - predicted <= self.margin * present:
             reason = (
                 f"{why}: {best} samples would take {predicted:.3g} s, {self.threshold} take {present:.3g} s: not "
@@ -156,13 +161,14 @@ class ThresholdChooser:
         self.threshold = best
         return Choice(best, True, reason, predicted, plain)
 
-    def _why(self, lengths: np.ndarray, relative: float) -> str | None:
+    def _why(self, lengths: np.ndarray, prompts: int, relative: float) -> str | None:
         """Why to simulate anew; None: there is no reason."""
         if self._chosen_for is None:
             return "first lengths"
         distance = float(ks_2samp(self._chosen_for, lengths, method="asymp").statistic)
-        if distance > self.drift:
-            return f"lengths drifted by {distance:.2f} (KS)"
+        chance = _KS_5_PERCENT * math.sqrt(1 / prompts + 1 / self._chosen_prompts)
+        if distance > self.drift + chance:
+            return f"lengths drifted by {distance:.2f} (KS, {chance:.2f} would be chance)"
         if abs(relative - self._chosen_at) > _COSTS_CHANGED * self._chosen_at:
             return f"inference against generation went from {self._chosen_at:.3g} to {relative:.3g} s/token"
         return None
