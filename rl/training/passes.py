@@ -264,10 +264,28 @@ class PassRunner:
             first tensor-parallel rank, so that every sample comes from one rank.
         """
 
+        with self.prepare_logprobs(
+            batch, settings, pass_=pass_, step=step, routes=routes, first_micro_batch=first_micro_batch
+        ) as prepared:
+            kept, report = self.run_prepared(prepared), prepared.finish()
+        return self.by_sample(batch, kept), report
+
+    def prepare_logprobs(
+        self,
+        batch: MiniBatch,
+        settings: PassSettings,
+        *,
+        pass_: Pass,
+        step: int,
+        routes: RouteMode,
+        first_micro_batch: int = 0,
+    ) -> PreparedPass:
+        """:meth:`logprobs`, ready to run by any schedule; what the last stage keeps is for :meth:`by_sample`."""
+
         def collect(logits: torch.Tensor, packed: PackedTensors, micro_batch: MicroBatch) -> torch.Tensor:
             return self.token_logprobs(logits, packed, settings)[0]
 
-        kept, report = self.run(
+        return self.prepare(
             batch,
             pass_=pass_,
             step=step,
@@ -276,7 +294,6 @@ class PassRunner:
             forward_only=True,
             first_micro_batch=first_micro_batch,
         )
-        return self._by_sample(batch, kept), report
 
     def values(self, batch: MiniBatch, *, pass_: Pass, step: int, first_micro_batch: int = 0) -> dict[str, np.ndarray]:
         """What a scalar head says before every learnt token, without gradients; arguments as for :meth:`run`.
@@ -300,9 +317,9 @@ class PassRunner:
             forward_only=True,
             first_micro_batch=first_micro_batch,
         )
-        return self._by_sample(batch, kept)
+        return self.by_sample(batch, kept)
 
-    def _by_sample(self, batch: MiniBatch, kept: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
+    def by_sample(self, batch: MiniBatch, kept: Sequence[torch.Tensor]) -> dict[str, np.ndarray]:
         """From ``[rows]`` of micro-batches to ``[T]`` of samples; empty but on the first tensor-parallel rank."""
         out: dict[str, np.ndarray] = {}
         mine = batch.layout.micro_batches[self.model.groups.coordinates["dp"]]

@@ -1,0 +1,222 @@
+"""Two models of this rank in one pipeline schedule: the actor learns while its partner fills its bubbles (RLHFuse).
+
+    fusion = Fusion(worker)
+    result = fusion.train(schedule, [FusedPart("actor", ...), FusedPart("critic", ...)])
+
+The partner is a critic, which learns too, or a reference, which takes log-probs of samples that train later. Gradients
+are those of the models one after the other: a schedule says when, not what.
+
+Source:
+    Intra-stage fusion, RLHFuse (arXiv:2409.13221), section 5.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_ultraep.pipeline.communication import Links
+from megatron_ultraep.pipeline.executor import ExecutionReport, FusedExecutor
+from megatron_ultraep.pipeline.problem import Problem, Schedule
+from megatron_ultraep.pipeline.stage import StageWork
+from rl.training.batch import MiniBatch
+from rl.training.foresight import StagePlans
+from rl.training.objectives import Objective
+from rl.training.passes import PassSettings, PreparedPass, RouteMode, RouteReport
+from rl.training.results import TrainResult
+
+if TYPE_CHECKING:
+    from rl.training.worker import TrainWorker
+
+_KEPT_EXECUTORS = 8
+
+
+@dataclass(frozen=True)
+class Learning:
+    """A model takes an optimizer step.
+
+    Attributes:
+        objective: the loss.
+        lr: learning rate of the step; None follows the schedule.
+    """
+
+    objective: Objective
+    lr: float | None = None
+
+
+@dataclass(frozen=True)
+class TakingLogprobs:
+    """A model takes log-probs of learnt tokens; see ``PassRunner.logprobs``."""
+
+    settings: PassSettings
+    routes: RouteMode = "own"
+
+
+@dataclass(frozen=True)
+class FusedPart:
+    """What one model does in a fused step, on this rank.
+
+    Attributes:
+        model: its name, also in the schedule's problem.
+        batch: this data-parallel rank's part, in the model's own layout.
+        step: of its micro-batch keys.
+        task: what it does with it.
+        plans: made ahead, of this rank; see ``TrainWorker.train``.
+    """
+
+    model: str
+    batch: MiniBatch
+    step: int
+    task: Learning | TakingLogprobs
+    plans: StagePlans | None = None
+
+
+@dataclass(frozen=True)
+class StageSeconds:
+    """Mean time of one model's operations on this rank, in seconds; waiting for input is not part of it."""
+
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class FusedResult:
+    """What a fused step did, on this rank.
+
+    Attributes:
+        learnt: of each model that learnt.
+        logprobs: of each model that took log-probs: by sample, ``[T]``, and what its routers did.
+        stages: measured times of each model.
+        makespan: from the first operation of any rank to the last one of this one, in seconds.
+        finish_s: reducing gradients, in seconds.
+    """
+
+    learnt: dict[str, TrainResult] = field(default_factory=dict)
+    logprobs: dict[str, tuple[dict[str, np.ndarray], RouteReport]] = field(default_factory=dict)
+    stages: dict[str, StageSeconds] = field(default_factory=dict)
+    makespan: float = 0.0
+    finish_s: float = 0.0
+
+
+class Fusion:
+    """Fused steps of a worker's models; collective with all other ranks.
+
+    Args:
+        worker: whose models.
+        timeout_s: limit of every wait for another rank, in seconds.
+    """
+
+    def __init__(self, worker: TrainWorker, timeout_s: float) -> None:
+        self._worker, self._timeout = worker, timeout_s
+        self._links: Links | None = None
+        self._executors: dict[str, FusedExecutor] = {}
+
+    def train(self, schedule: Schedule, parts: Sequence[FusedPart]) -> FusedResult:
+        """Run the parts by a schedule, then step the optimizers of those that learn, in the schedule's order of models.
+
+        Args:
+            schedule: of all ranks; its models are the parts' by name.
+            parts: of this rank.
+
+        Raises:
+            ScheduleMismatch: on all ranks, before anything runs.
+            ExecutionError: a rank failed or hung; the process is of no more use.
+            AccumulationError: a model that learns has an open set.
+            ForesightMismatch: see ``TrainWorker.train``.
+        """
+        by_name = {part.model: part for part in parts}
+        ordered = [by_name[model.name] for model in schedule.problem.models]
+        started = time.perf_counter()
+        executor = self._executor(schedule)
+        with contextlib.ExitStack() as stack:
+            prepared = [self._prepare(part, stack) for part in ordered]
+            report = executor.run([_work(each) for each in prepared])
+            routes = [each.finish() for each in prepared]
+        computed = time.perf_counter()
+        result = FusedResult(
+            stages=_stage_seconds(schedule.problem, report), makespan=report.makespan, finish_s=report.finish_s
+        )
+        for part, kept, route_report in zip(ordered, report.kept, routes, strict=True):
+            if isinstance(part.task, Learning):
+                result.learnt[part.model] = self._step(part.model, part.task, kept, route_report, computed - started)
+            else:
+                taken = self._worker.runners[part.model].by_sample(part.batch, kept)
+                result.logprobs[part.model] = taken, route_report
+        return result
+
+    def _prepare(self, part: FusedPart, stack: contextlib.ExitStack) -> PreparedPass:
+        if isinstance(part.task, TakingLogprobs):
+            return stack.enter_context(
+                self._worker.runners[part.model].prepare_logprobs(
+                    part.batch, part.task.settings, pass_="old_logprob", step=part.step, routes=part.task.routes
+                )
+            )
+        trained = self._worker.trained[part.model]
+        trained.require_no_set("a fused step")
+        trained.balance_metrics()  # of passes before this one
+        trained.empty_gradients()
+        stack.enter_context(trained.foreseen(part.batch, "train", part.step, part.plans, 0))
+        return stack.enter_context(trained.prepare(part.batch, part.step, part.task.objective))
+
+    def _step(
+        self, model: str, task: Learning, kept: list[dict[str, object]], routes: RouteReport, seconds: float
+    ) -> TrainResult:
+        trained = self._worker.trained[model]
+        loss, sums = trained.add_up(kept)  # type: ignore[arg-type]
+        started = time.perf_counter()
+        grad_norm, used, updated = trained.optimizer_step(task.lr)
+        return TrainResult(
+            loss=loss,
+            sums=sums,
+            grad_norm=grad_norm,
+            lr=used,
+            updated=updated,
+            routes=routes,
+            # Both models computed in this time, in turns.
+            seconds={"forward_backward": seconds, "optimizer": time.perf_counter() - started},
+            balance=trained.balance_metrics(),
+        )
+
+    def _executor(self, schedule: Schedule) -> FusedExecutor:
+        """Made once per schedule; the order in which schedules come is the same on all ranks."""
+        digest = schedule.digest()
+        found = self._executors.pop(digest, None)
+        if found is None:
+            if self._links is None:
+                problem = schedule.problem
+                self._links = Links.of_models(problem.models, problem.nodes, timeout_s=self._timeout)
+            found = FusedExecutor(schedule, self._links)
+        self._executors[digest] = found
+        while len(self._executors) > _KEPT_EXECUTORS:
+            del self._executors[next(iter(self._executors))]
+        return found
+
+
+def _work(prepared: PreparedPass) -> StageWork:
+    model = prepared.model
+    return StageWork(
+        chunk=model.run_chunks()[0],
+        config=model.config,
+        groups=model.groups,
+        forward_step=prepared.forward_step,
+        data=prepared.iterators[0],
+        rows=prepared.rows,
+        forward_only=prepared.forward_only,
+    )
+
+
+def _stage_seconds(problem: Problem, report: ExecutionReport) -> dict[str, StageSeconds]:
+    spent: Mapping[tuple[int, bool], list[float]] = {
+        (m, backward): [] for m in range(len(problem.models)) for backward in (False, True)
+    }
+    for measured in report.measured:
+        spent[measured.operation.model, measured.operation.backward].append(measured.end - measured.start)
+    return {
+        model.name: StageSeconds(*(float(np.mean(spent[m, b])) if spent[m, b] else 0.0 for b in (False, True)))
+        for m, model in enumerate(problem.models)
+    }
