@@ -9,6 +9,7 @@ Shapes are known ahead on both sides: nothing but tensors travels.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from megatron_ultraep.megatron.groups import new_group
 from megatron_ultraep.pipeline.problem import PipelineModel
 
 _created = itertools.count()
+_NEVER_SENT = 2**20  # a tag
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,16 @@ class Links:
         return self._groups[connection], 0
 
     def drop(self, why: str) -> None:
-        """After a failure: close what can be closed, so that neighbours notice; these links can run nothing more."""
+        """After a failure: close the connections to neighbours, so that they need not wait for their time limit.
+
+        Gloo closes one when a wait on it takes too long, and has no other way. NCCL's are aborted by the watchdog.
+        These links can run nothing more.
+        """
         self.broken = why
-        if self._common is not None:
-            dist.destroy_process_group(self._common)
-            self._common = None
+        if self._common is None:
+            return
+        mine = [c for c in self._connections() if self.rank in (c.source, c.target)]
+        for peer in sorted({c.target if c.source == self.rank else c.source for c in mine}):
+            with contextlib.suppress(RuntimeError):
+                nothing = dist.irecv(torch.empty(1), peer, group=self._common, tag=_NEVER_SENT)
+                nothing.wait(timedelta(milliseconds=1))
