@@ -1,0 +1,162 @@
+"""Fused steps: gradients and log-probs are those of the models one after the other."""
+
+import numpy as np
+import pytest
+
+from megatron_ultraep.megatron.groups import ParallelLayout
+from megatron_ultraep.pipeline.baselines import concatenated, random_schedule
+from megatron_ultraep.pipeline.problem import PipelineModel, Problem
+from rl.models import tiny
+from rl.models.weights import export_weights
+from rl.training.accumulate import AccumulationError
+from rl.training.fused import FusedPart, Fusion, Learning, TakingLogprobs
+from rl.training.passes import PassSettings
+from tests.ranks import RankError
+from tests.rl.training.common import make_worker, merge, worst
+from tests.rl.training.critics import POLICY, VALUES, critic_samples, critic_worker, part_of, with_head
+from tests.rl.training.planning import BALANCE
+
+FP64 = {"dtype": "float64", "distributed_optimizer": False}
+SETTINGS = PassSettings(chunk_tokens=16)
+REVERSED, REPLICAS = ((1, 0),), ((0,), (1,))
+CASES = {
+    # world, actor, critic, spec
+    "pp2, reversed": (2, {"pp": 2}, {"pp": 2, "placement": REVERSED}, {}),
+    "pp2, two replicas": (2, {"pp": 2}, {"placement": REPLICAS}, {}),
+    "pp2xep2, reversed, balanced, recomputed": (
+        4,
+        {"pp": 2, "ep": 2},
+        {"pp": 2, "ep": 2, "placement": REVERSED},
+        {"balance": BALANCE, "recompute": ("full",)},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return with_head(tiny.qwen3_moe(tmp_path_factory.mktemp("fused") / "m", seed=3, layers=2, tie_word_embeddings=True))
+
+
+def problem_of(worker, batches, forward_only=False):
+    """The problem of a fused step, with made-up times."""
+    nodes = worker.spec.layout.pp
+    models = []
+    for name, batch in batches.items():
+        layout = worker.spec.layout_of(name)
+        placement = layout.placement or (tuple(range(nodes)),)
+        microbatches = len(batch.layout.micro_batches[0])
+        backward = 0.0 if forward_only and name != "actor" else 2.0
+        stages = layout.pp
+        models.append(
+            PipelineModel(
+                name,
+                placement,
+                microbatches,
+                (1.0,) * stages,
+                (backward,) * stages,
+                (1.0,) * stages,
+                forward_only=not backward,
+            )
+        )
+    return Problem(nodes, tuple(models))
+
+
+def gradients_of(worker, name):
+    return {n: t.double().numpy().copy() for n, t in export_weights(worker.trained[name].model, source="main_grad")}
+
+
+def found_of(worker, results):
+    return {
+        name: {
+            "loss": result.loss,
+            "sums": result.sums,
+            "tensors": gradients_of(worker, name),
+            "digests": result.routes.digests,
+        }
+        for name, result in results.items()
+    }
+
+
+def step(directory, layout, critic, fused, spec):
+    """Both models' gradients from a fused step, or from two steps."""
+    worker = critic_worker(directory, layout, critic, **FP64, **spec)
+    samples = critic_samples(worker.actor.arch)
+    objectives = {"actor": POLICY, "critic": VALUES}
+    batches = {name: part_of(worker, name, samples) for name in objectives}
+    if not fused:
+        return found_of(worker, {n: worker.train(batches[n], 0, objectives[n], model=n) for n in objectives})
+    fusion, problem = Fusion(worker, 60.0), problem_of(worker, batches)
+    for schedule in (concatenated(problem), random_schedule(problem, seed=5)):
+        result = fusion.train(
+            schedule, [FusedPart(n, batches[n], 0, Learning(objectives[n], lr=0.0)) for n in objectives]
+        )
+        assert set(result.stages) == set(objectives)
+        assert all(s.forward > 0 and s.backward > 0 for s in result.stages.values())
+        assert 0 < max(s.forward for s in result.stages.values()) < result.makespan
+    return found_of(worker, result.learnt)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_those_of_one_after_the_other(ranks, directory, case):
+    world, actor, critic, spec = CASES[case]
+    alone = ranks(world).run(step, directory, actor, critic, False, spec)
+    fused = ranks(world).run(step, directory, actor, critic, True, spec)
+    for name in ("actor", "critic"):
+        want, got = (merge([r[name] for r in results]) for results in (alone, fused))
+        assert worst(got["tensors"], want["tensors"]) <= 1e-8
+        assert got["loss"] == pytest.approx(want["loss"], abs=1e-9)
+        assert got["sums"] == pytest.approx(want["sums"], abs=1e-6)
+        assert set(got["digests"]) == set(want["digests"])
+        assert all(np.array_equal(got["digests"][s], want["digests"][s]) for s in want["digests"])
+
+
+def with_reference(directory, fused):
+    """Log-probs of a reference whose stages run in the other direction, and the actor's gradients."""
+    worker = make_worker(
+        directory,
+        {"pp": 2},
+        reference=True,
+        reference_layout=ParallelLayout(world=2, pp=2, placement=REVERSED),
+        **FP64,
+    )
+    samples = critic_samples(worker.actor.arch)
+    batches = {name: part_of(worker, name, samples) for name in ("actor", "reference")}
+    if not fused:
+        taken, _ = worker.logprobs(batches["reference"], "reference", "old_logprob", 0, "own", SETTINGS)
+        return taken, found_of(worker, {"actor": worker.train(batches["actor"], 0, POLICY)})["actor"]
+    schedule = random_schedule(problem_of(worker, batches, forward_only=True), seed=7)
+    parts = [
+        FusedPart("reference", batches["reference"], 0, TakingLogprobs(SETTINGS)),
+        FusedPart("actor", batches["actor"], 0, Learning(POLICY)),
+    ]
+    result = Fusion(worker, 60.0).train(schedule, parts)
+    assert result.stages["reference"].backward == 0
+    return result.logprobs["reference"][0], found_of(worker, result.learnt)["actor"]
+
+
+def test_a_reference_takes_log_probs_while_the_actor_learns(ranks, directory):
+    alone, fused = (ranks(2).run(with_reference, directory, how) for how in (False, True))
+    want, got = ({k: v for taken, _ in results for k, v in taken.items()} for results in (alone, fused))
+    assert worst(got, want) == 0
+    want, got = (merge([found for _, found in results]) for results in (alone, fused))
+    assert worst(got["tensors"], want["tensors"]) <= 1e-8
+
+
+def with_an_open_set(directory):
+    worker = critic_worker(directory, {"pp": 2}, {"pp": 2, "placement": REVERSED}, **FP64)
+    samples = critic_samples(worker.actor.arch)
+    batches = {name: part_of(worker, name, samples) for name in ("actor", "critic")}
+    worker.accumulate(batches["critic"], 0, VALUES, first=True, model="critic")
+    parts = [
+        FusedPart("actor", batches["actor"], 0, Learning(POLICY)),
+        FusedPart("critic", batches["critic"], 0, Learning(VALUES)),
+    ]
+    try:
+        Fusion(worker, 60.0).train(concatenated(problem_of(worker, batches)), parts)
+    except AccumulationError as error:
+        raise RuntimeError(f"refused: {error}") from error
+
+
+def test_an_open_set_is_not_emptied(ranks, directory):
+    with pytest.raises(RankError, match="refused: a fused step would empty the gradients"):
+        ranks(2).run(with_an_open_set, directory)
