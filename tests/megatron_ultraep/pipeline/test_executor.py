@@ -257,6 +257,6 @@ def test_a_rank_that_fails_is_named_by_all_others(ranks):
 
 def test_a_rank_that_dies_ends_the_others(ranks):
     started = time.monotonic()
-    with pytest.raises(RankError, match="rank 2 of 4 failed|Rank 2 failed too"):
+    with pytest.raises(RankError, match=r"rank 2 of 4 failed|Rank 2 failed too"):
         ranks(NODES).run(stuck, "dies", 20)
     assert time.monotonic() - started < 15
