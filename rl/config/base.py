@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ConfigPath = Annotated[Path, Field(strict=False)]
+"""A path; relative ones are relative to the directory the command was started in."""
+
+Texts = Annotated[tuple[str, ...], Field(strict=False)]
 
 
 class Section(BaseModel):

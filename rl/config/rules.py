@@ -7,11 +7,13 @@ because its text would speak about a value that the user did not write.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from rl.config.critic_rules import critic
 from rl.config.fusion_rules import fuse
 from rl.config.sections import RunConfig, SourceSection
 from rl.config.stream_rules import stream
+from rl.config.trainer import OptimizerSection
 from rl.config.violations import Rule, Violation
 
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
@@ -136,37 +138,43 @@ def _lengths(config: RunConfig) -> Iterator[Violation]:
 
 
 def _layout(config: RunConfig) -> Iterator[Violation]:
-    ranks, parallel = config.trainer.ranks, config.trainer.parallel
-    fields = ("trainer.ranks", "trainer.parallel")
-    if parallel.cp > 1:
-        yield Violation(
-            "trainer.parallel.cp",
-            f"context parallelism is not supported, came {parallel.cp}; set it to 1 and use tp or pp.",
-        )
-    for names in (("tp", "pp"), ("etp", "ep", "pp")):
-        size = 1
-        for name in names:
-            size *= getattr(parallel, name)
-        product = "*".join(names)
-        if ranks < size:
+    ranks = config.trainer.ranks
+    for path, parallel in config.layouts.items():
+        fields = ("trainer.ranks", path)
+        blamed = "trainer.ranks" if path == "trainer.parallel" else path
+        if parallel.cp > 1:
             yield Violation(
-                "trainer.ranks",
-                f"expected at least {product} = {size}, came {ranks}; raise it or lower trainer.parallel.",
-                fields,
+                f"{path}.cp",
+                f"context parallelism is not supported, came {parallel.cp}; set it to 1 and use tp or pp.",
             )
-        elif ranks % size:
+        for names in (("tp", "pp"), ("etp", "ep", "pp")):
+            size = 1
+            for name in names:
+                size *= getattr(parallel, name)
+            product = "*".join(names)
+            if ranks < size:
+                yield Violation(
+                    blamed,
+                    f"expected trainer.ranks at least {product} = {size}, came {ranks}; raise it or lower {path}.",
+                    fields,
+                )
+            elif ranks % size:
+                yield Violation(
+                    blamed,
+                    f"expected trainer.ranks a multiple of {product} = {size}, came {ranks}; change it or {path}.",
+                    fields,
+                )
+        if parallel.vpp > 1 and parallel.pp == 1:
             yield Violation(
-                "trainer.ranks",
-                f"expected a multiple of {product} = {size}, came {ranks}; change it or trainer.parallel.",
-                fields,
+                f"{path}.vpp",
+                f"virtual pipeline stages need a pipeline: expected 1 because pp = 1, came {parallel.vpp}; "
+                "raise pp or set vpp to 1.",
+                (f"{path}.pp",),
             )
-    if parallel.vpp > 1 and parallel.pp == 1:
-        yield Violation(
-            "trainer.parallel.vpp",
-            f"virtual pipeline stages need a pipeline: expected 1 because pp = 1, came {parallel.vpp}; "
-            "raise pp or set vpp to 1.",
-            ("trainer.parallel.pp",),
-        )
+
+
+def _sequence_parallel(config: RunConfig) -> Iterator[Violation]:
+    parallel = config.trainer.parallel
     if parallel.tp > 1 and not config.trainer.sequence_parallel:
         yield Violation(
             "trainer.sequence_parallel",
@@ -231,32 +239,45 @@ def _balance(config: RunConfig) -> Iterator[Violation]:
             f"expected false because trainer.parallel.etp = {parallel.etp} cuts experts, came true; set etp to 1.",
             ("trainer.parallel.etp",),
         )
-    if config.balance.node_size and parallel.ep % config.balance.node_size:
-        yield Violation(
-            "balance.node_size",
-            f"expected a divisor of trainer.parallel.ep = {parallel.ep}, came {config.balance.node_size}; change one.",
-            ("trainer.parallel.ep",),
-        )
+    for path, each in config.layouts.items():
+        if config.balance.node_size and each.ep > 1 and each.ep % config.balance.node_size:
+            yield Violation(
+                "balance.node_size",
+                f"expected a divisor of {path}.ep = {each.ep}, came {config.balance.node_size}; change one.",
+                (f"{path}.ep",),
+            )
+        if path != "trainer.parallel" and each.ep > 1 and each.etp > 1:
+            yield Violation(
+                f"{path}.etp",
+                f"expected 1 because balancing has to keep experts whole, came {each.etp}; set it to 1.",
+                ("balance.enabled",),
+            )
 
 
 def _recompute(config: RunConfig) -> Iterator[Violation]:
-    modules, mode = config.trainer.recompute_modules, config.trainer.recompute
+    yield from _recompute_of("trainer", config.trainer.recompute, config.trainer.recompute_modules)
+    if config.critic is not None:
+        yield from _recompute_of("critic", config.critic.recompute, config.critic.recompute_modules)
+
+
+def _recompute_of(section: str, mode: str, modules: Sequence[str]) -> Iterator[Violation]:
+    path = f"{section}.recompute_modules"
     if mode == "selective" and not modules:
         yield Violation(
-            "trainer.recompute_modules",
+            path,
             f"expected some of {', '.join(RECOMPUTE_MODULES)} because recompute is selective, came none; list them.",
-            ("trainer.recompute",),
+            (f"{section}.recompute",),
         )
     if mode != "selective" and modules:
         yield Violation(
-            "trainer.recompute_modules",
+            path,
             f"expected none because recompute is {mode}, came {', '.join(modules)}; set `recompute: selective`.",
-            ("trainer.recompute",),
+            (f"{section}.recompute",),
         )
     unknown = [module for module in modules if module not in RECOMPUTE_MODULES]
     if unknown:
         yield Violation(
-            "trainer.recompute_modules",
+            path,
             f"expected some of {', '.join(RECOMPUTE_MODULES)}, came {', '.join(unknown)}; correct or remove it.",
         )
 
@@ -293,38 +314,40 @@ def _machine(config: RunConfig) -> Iterator[Violation]:
 
 
 def _optimizer(config: RunConfig) -> Iterator[Violation]:
-    optimizer = config.trainer.optimizer
+    yield from _optimizer_of("trainer.optimizer", config.trainer.optimizer)
+    if config.critic is not None:
+        yield from _optimizer_of("critic.optimizer", config.critic.optimizer)
+
+
+def _optimizer_of(path: str, optimizer: OptimizerSection) -> Iterator[Violation]:
     if optimizer.min_lr > optimizer.lr:
         yield Violation(
-            "trainer.optimizer.min_lr",
-            f"expected at most trainer.optimizer.lr = {optimizer.lr}, came {optimizer.min_lr}; lower it.",
-            ("trainer.optimizer.lr",),
+            f"{path}.min_lr",
+            f"expected at most {path}.lr = {optimizer.lr}, came {optimizer.min_lr}; lower it.",
+            (f"{path}.lr",),
         )
     if optimizer.schedule == "constant" and optimizer.decay_steps is not None:
         yield Violation(
-            "trainer.optimizer.decay_steps",
+            f"{path}.decay_steps",
             f"a constant schedule does not decay: expected null, came {optimizer.decay_steps}; remove it or set "
             "a schedule.",
-            ("trainer.optimizer.schedule",),
+            (f"{path}.schedule",),
         )
     if optimizer.decay_steps is not None and optimizer.decay_steps <= optimizer.warmup_steps:
         yield Violation(
-            "trainer.optimizer.decay_steps",
-            f"expected more than trainer.optimizer.warmup_steps = {optimizer.warmup_steps}, came "
+            f"{path}.decay_steps",
+            f"expected more than {path}.warmup_steps = {optimizer.warmup_steps}, came "
             f"{optimizer.decay_steps}; raise it.",
-            ("trainer.optimizer.warmup_steps",),
+            (f"{path}.warmup_steps",),
         )
     if not all(0 <= beta < 1 for beta in optimizer.betas):
-        yield Violation(
-            "trainer.optimizer.betas", f"expected two numbers in [0, 1), came {list(optimizer.betas)}; correct them."
-        )
+        yield Violation(f"{path}.betas", f"expected two numbers in [0, 1), came {list(optimizer.betas)}; correct them.")
 
 
 def _batches(config: RunConfig) -> Iterator[Violation]:
-    fields = ("data.prompts_per_step", "data.samples_per_prompt", "trainer.ranks", "trainer.parallel")
+    fields = ("data.prompts_per_step", "data.samples_per_prompt", "trainer.ranks", *config.layouts)
     samples, mini_batches = config.samples_per_step, config.algorithm.mini_batches
-    parallel = config.trainer.parallel
-    data_parallel = max(1, config.trainer.ranks // (parallel.tp * parallel.pp))
+    data_parallel = max(max(1, config.trainer.ranks // (p.tp * p.pp)) for p in config.layouts.values())
     product = f"data.prompts_per_step * data.samples_per_prompt = {samples}"
     if samples % mini_batches:
         yield Violation(
@@ -339,7 +362,8 @@ def _batches(config: RunConfig) -> Iterator[Violation]:
             f"each rank needs at least one ({product}); lower mini_batches or take more samples.",
             fields,
         )
-    if config.data.samples_per_prompt < 2 and not config.algorithm.zero_advantages:
+    compares = config.algorithm.advantage == "grpo" and not config.algorithm.zero_advantages
+    if config.data.samples_per_prompt < 2 and compares:
         yield Violation(
             "data.samples_per_prompt",
             f"{config.algorithm.advantage} compares samples of one prompt: expected at least 2, came "
@@ -441,6 +465,7 @@ RULES: tuple[Rule, ...] = (
     _sampling,
     _lengths,
     _layout,
+    _sequence_parallel,
     _balance,
     _ahead,
     _recompute,
@@ -449,6 +474,7 @@ RULES: tuple[Rule, ...] = (
     _batches,
     _routes,
     _importance,
+    critic,
     stream,
     fuse,
     _warmup,

@@ -13,16 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_ultraep.config import BalanceConfig, option_help
-from rl.config.base import Section
+from rl.config.base import ConfigPath, Section, Texts
 from rl.config.fusion import FuseSection
-
-ConfigPath = Annotated[Path, Field(strict=False)]
-"""A path; relative ones are relative to the directory the command was started in."""
+from rl.config.trainer import CriticSection, ParallelSection, ReferenceSection, RewardModelSection, TrainerSection
 
 ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 """``package.module:function``."""
 
-Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Seconds = Annotated[float, Field(gt=0)]
 Dtype = Literal["float32", "bfloat16", "float64"]
 RouteSource = Literal["replay", "own"]
@@ -93,7 +90,7 @@ class DataSection(Section):
 
 
 class RewardSection(Section):
-    """The reward function."""
+    """The reward function, and perhaps a reward model."""
 
     path: ImportPath = Field(description="`module:function`, sync or async: reward(sample, args) -> float, or verl's.")
     args: dict[str, Any] = Field(default_factory=dict, description="Given to the function as `args`.")
@@ -102,6 +99,7 @@ class RewardSection(Section):
     on_error: Literal["zero", "drop"] = Field(
         "zero", description="A reward that raises or times out: give that sample 0, or leave it out of training."
     )
+    model: RewardModelSection | None = Field(None, description=RewardModelSection.__doc__)
 
 
 class ForcedLengths(Section):
@@ -142,48 +140,6 @@ class RolloutSection(Section):
         3, ge=0, description="How often a sample refused for bad routes is generated again before the run stops."
     )
     capture_routes: bool = Field(True, description="Return each token's experts; must be false for dense models.")
-
-
-class ParallelSection(Section):
-    """Megatron layout. Data parallelism is what remains: ranks / (tp*pp*cp); experts': ranks / (etp*ep*pp)."""
-
-    tp: int = Field(1, ge=1, description="Tensor-model-parallel size.")
-    pp: int = Field(1, ge=1, description="Pipeline-model-parallel size.")
-    vpp: int = Field(1, ge=1, description="Virtual pipeline stages per rank; 1: none.")
-    ep: int = Field(1, ge=1, description="Expert-model-parallel size.")
-    etp: int = Field(1, ge=1, description="Tensor-parallel size inside experts.")
-    cp: int = Field(1, ge=1, description="Context-parallel size; only 1 is supported.")
-
-
-class OptimizerSection(Section):
-    """Adam and its schedule; steps are optimizer steps."""
-
-    lr: float = Field(1e-6, gt=0, description="Peak learning rate.")
-    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the schedule.")
-    warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up from 0 to `lr`.")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="Decay after the warm-up.")
-    decay_steps: int | None = Field(
-        None, ge=1, description="Optimizer step at which `min_lr` is reached; null: the last one of the run."
-    )
-    betas: Annotated[tuple[float, float], Field(strict=False)] = Field((0.9, 0.95), description="Adam's betas.")
-    eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
-    clip_grad: float = Field(1.0, ge=0, description="Global gradient norm to clip to; 0: no clipping.")
-
-
-class TrainerSection(Section):
-    """The Megatron ranks."""
-
-    ranks: int = Field(1, ge=1, description="Trainer ranks, each a Ray actor.")
-    backend: Literal["gloo", "nccl"] = Field("gloo", description="gloo trains on CPU, nccl on GPU.")
-    parallel: ParallelSection = Field(default_factory=ParallelSection, description="Megatron layout.")
-    sequence_parallel: bool = Field(False, description="Megatron's sequence parallelism; must be true when tp > 1.")
-    distributed_optimizer: bool = Field(True, description="Shard optimizer states over data-parallel ranks.")
-    recompute: Literal["none", "full", "selective"] = Field("none", description="Activation recomputation.")
-    recompute_modules: Texts = Field((), description="Modules recomputed when `recompute: selective`.")
-    tokens_per_micro_batch: int = Field(8192, ge=1, description="Token budget of a packed micro-batch on one rank.")
-    logprob_chunk_tokens: int = Field(1024, ge=1, description="Tokens whose logits are turned to log-probs at once.")
-    optimizer: OptimizerSection = Field(default_factory=OptimizerSection, description="Adam and its schedule.")
 
 
 class BalanceSection(Section):
@@ -253,7 +209,9 @@ class KLSection(Section):
 
     coef: float = Field(0.0, ge=0, description="Weight of the KL; 0: no reference model is kept.")
     estimator: Literal["k1", "k2", "k3"] = Field("k3", description="Estimator of the KL from one sample.")
-    apply_in: Literal["loss", "reward"] = Field("loss", alias="in", description="Where the KL is added.")
+    apply_in: Literal["loss", "reward"] = Field(
+        "loss", alias="in", description="Where the KL is added; with gae in the reward of every token."
+    )
 
 
 class ImportanceSection(Section):
@@ -277,10 +235,24 @@ class RoutesSection(Section):
     )
 
 
+class GAESection(Section):
+    """Generalised advantage estimation; a token is a step. A response cut off at its longest length ends like any
+    other: no value is bootstrapped for what would have followed."""
+
+    gamma: float = Field(1.0, ge=0, le=1, description="Discount per token.")
+    lam: float = Field(1.0, ge=0, le=1, description="Lambda: 0 trusts the critic (one step), 1 the rewards.")
+    whiten: bool = Field(
+        True, description="Shift and scale advantages to mean 0 and standard deviation 1 over an iteration's tokens."
+    )
+
+
 class AlgorithmSection(Section):
     """Advantages and loss."""
 
-    advantage: Literal["grpo"] = Field("grpo", description="How rewards become advantages.")
+    advantage: Literal["grpo", "gae"] = Field(
+        "grpo", description="How rewards become advantages: compared in groups, or by a critic (PPO; see `critic`)."
+    )
+    gae: GAESection = Field(default_factory=GAESection, description=GAESection.__doc__)
     normalize_std: bool = Field(True, description="Divide by the group's standard deviation (false: Dr. GRPO).")
     clip_low: float = Field(0.2, ge=0, lt=1, description="PPO clip: the ratio's lower bound is 1 - clip_low.")
     clip_high: float = Field(0.2, ge=0, description="PPO clip: the ratio's upper bound is 1 + clip_high.")
@@ -461,6 +433,8 @@ class RunConfig(Section):
     stream: StreamSection = Field(default_factory=StreamSection, description=StreamSection.__doc__)
     fuse: FuseSection = Field(default_factory=FuseSection, description=FuseSection.__doc__)
     algorithm: AlgorithmSection = Field(default_factory=AlgorithmSection, description=AlgorithmSection.__doc__)
+    critic: CriticSection | None = Field(None, description=CriticSection.__doc__)
+    reference: ReferenceSection = Field(default_factory=ReferenceSection, description=ReferenceSection.__doc__)
     warmup: WarmupSection = Field(default_factory=WarmupSection, description=WarmupSection.__doc__)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description=EvaluationSection.__doc__)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description=CheckpointSection.__doc__)
@@ -505,6 +479,16 @@ class RunConfig(Section):
     def transfer_path(self) -> Literal["store", "nccl", "gloo", "ipc"]:
         """How weights travel to engines."""
         return "store" if self.stream.transfer == "auto" else self.stream.transfer
+
+    @property
+    def layouts(self) -> dict[str, ParallelSection]:
+        """Sizes of every model on the trainer's ranks, by the dotted field that says them."""
+        own = {
+            "critic.parallel": self.critic and self.critic.parallel,
+            "reference.parallel": self.reference.parallel,
+            "reward.model.parallel": self.reward.model and self.reward.model.parallel,
+        }
+        return {"trainer.parallel": self.trainer.parallel} | {path: p for path, p in own.items() if p is not None}
 
     @property
     def keeps_reference(self) -> bool:

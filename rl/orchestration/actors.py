@@ -6,7 +6,7 @@ import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
 from megatron_ultraep.megatron.groups import ParallelLayout
-from rl.config import RunConfig
+from rl.config import OptimizerSection, RunConfig
 from rl.models.builder import Recompute
 from rl.rollout.config import EngineConfig
 from rl.rollout.dispatch import Dispatch, get_dispatch
@@ -18,12 +18,13 @@ from rl.rollout.service import GenerationService
 from rl.shared_gpus import SharedGpus
 from rl.timeline import Timeline
 from rl.training.group import Trainer, TrainerLimits
-from rl.training.worker import OptimizerSpec, TrainerSpec
+from rl.training.spec import CriticSpec, OptimizerSpec, ScorerSpec, TrainerSpec
 
 
-def parallel_layout(config: RunConfig) -> ParallelLayout:
-    """The trainer's layout."""
-    p = config.trainer.parallel
+def parallel_layout(config: RunConfig, model: str = "actor") -> ParallelLayout:
+    """Of a model on the trainer's ranks: ``"actor"``, or ``"critic"``, ``"reference"``, ``"scorer"``."""
+    field = {"critic": "critic.parallel", "reference": "reference.parallel", "scorer": "reward.model.parallel"}
+    p = config.layouts.get(field.get(model, ""), config.trainer.parallel)
     return ParallelLayout(
         world=config.trainer.ranks, tp=p.tp, pp=p.pp, vpp=p.vpp if p.vpp > 1 else None, ep=p.ep, etp=p.etp, cp=p.cp
     )
@@ -82,25 +83,15 @@ def engine_config(config: RunConfig) -> EngineConfig:
 
 
 def trainer_spec(config: RunConfig) -> TrainerSpec:
-    t = config.trainer
-    o = t.optimizer
+    t, c, scorer = config.trainer, config.critic, config.reward.model
+    model_path = str(config.model.path.absolute())
     return TrainerSpec(
-        model_path=str(config.model.path.absolute()),
+        model_path=model_path,
         layout=parallel_layout(config),
         dtype=config.model.dtype,
         recompute=Recompute(t.recompute, t.recompute_modules),
         distributed_optimizer=t.distributed_optimizer,
-        optimizer=OptimizerSpec(
-            lr=o.lr,
-            min_lr=o.min_lr,
-            warmup_steps=o.warmup_steps,
-            decay_steps=o.decay_steps or 0,
-            schedule=o.schedule,
-            betas=o.betas,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
-            clip_grad=o.clip_grad,
-        ),
+        optimizer=_optimizer_spec(t.optimizer),
         reference=config.keeps_reference,
         seed=config.run.seed,
         collective_s=config.run.limits.collective_s,
@@ -110,6 +101,30 @@ def trainer_spec(config: RunConfig) -> TrainerSpec:
             else None
         ),
         reorder=config.balance.enabled and config.balance.reorder,
+        critic=None
+        if c is None
+        else CriticSpec(
+            model_path=str(c.model_path.absolute()) if c.model_path is not None else model_path,
+            layout=parallel_layout(config, "critic"),
+            optimizer=_optimizer_spec(c.optimizer),
+            recompute=Recompute(c.recompute, c.recompute_modules),
+        ),
+        reference_layout=parallel_layout(config, "reference") if config.reference.parallel is not None else None,
+        scorer=None if scorer is None else ScorerSpec(str(scorer.path.absolute()), parallel_layout(config, "scorer")),
+    )
+
+
+def _optimizer_spec(o: OptimizerSection) -> OptimizerSpec:
+    return OptimizerSpec(
+        lr=o.lr,
+        min_lr=o.min_lr,
+        warmup_steps=o.warmup_steps,
+        decay_steps=o.decay_steps or 0,
+        schedule=o.schedule,
+        betas=o.betas,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        clip_grad=o.clip_grad,
     )
 
 

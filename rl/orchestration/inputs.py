@@ -111,30 +111,38 @@ def stop_token_ids(config: RunConfig, tokenizer: Any) -> tuple[int, ...]:
 
 def check_against_model(config: RunConfig, arch: Architecture) -> None:
     """What only the model can show to be wrong, all at once."""
-    p, violations = config.trainer.parallel, []
+    violations = []
 
     def demand(ok: bool, path: str, message: str) -> None:
         if not ok:
             violations.append(Violation(path, message))
 
-    chunks = p.pp * p.vpp
-    demand(
-        arch.layers % chunks == 0,
-        "trainer.parallel.pp",
-        f"pp*vpp = {chunks} must divide the model's {arch.layers} layers.",
-    )
-    demand(
-        arch.heads % p.tp == 0 and arch.kv_heads % p.tp == 0,
-        "trainer.parallel.tp",
-        f"must divide {arch.heads} attention heads and {arch.kv_heads} key/value heads, came {p.tp}.",
-    )
-    if arch.is_moe:
-        demand(arch.experts % p.ep == 0, "trainer.parallel.ep", f"must divide {arch.experts} experts, came {p.ep}.")
-    else:
-        demand(p.ep == 1 and p.etp == 1, "trainer.parallel.ep", "a dense model has no experts; set ep and etp to 1.")
+    if not arch.is_moe:
         demand(
             not config.rollout.capture_routes, "rollout.capture_routes", "a dense model has no routes; set it to false."
         )
+    # Models with a directory of their own are checked by the ranks that build them.
+    elsewhere = {"reward.model.parallel"}
+    if config.critic is not None and config.critic.model_path is not None:
+        elsewhere.add("critic.parallel")
+    for path, p in config.layouts.items():
+        if path in elsewhere:
+            continue
+        chunks = p.pp * p.vpp
+        demand(
+            arch.layers % chunks == 0,
+            f"{path}.pp",
+            f"pp*vpp = {chunks} must divide the model's {arch.layers} layers.",
+        )
+        demand(
+            arch.heads % p.tp == 0 and arch.kv_heads % p.tp == 0,
+            f"{path}.tp",
+            f"must divide {arch.heads} attention heads and {arch.kv_heads} key/value heads, came {p.tp}.",
+        )
+        if arch.is_moe:
+            demand(arch.experts % p.ep == 0, f"{path}.ep", f"must divide {arch.experts} experts, came {p.ep}.")
+        else:
+            demand(p.ep == 1 and p.etp == 1, f"{path}.ep", "a dense model has no experts; set ep and etp to 1.")
     demand(
         config.rollout.max_model_len <= arch.max_positions,
         "rollout.max_model_len",

@@ -32,7 +32,7 @@ def changed(*changes):
         if value is ...:
             del node[last]
         else:
-            node[last] = value
+            node[last] = copy.deepcopy(value)
     return raw
 
 
@@ -174,7 +174,7 @@ def test_everything_wrong_is_reported_at_once():
         "data.train.size",
     }
     assert "Did you mean `run.seed`" in found["run.sed"]
-    assert "Did you mean `trainer.parallel.tp`" in found["trainer.tp"]
+    assert "or `trainer.parallel.tp`" in found["trainer.tp"]
     assert "Did you mean `trainer.optimizer`" in found["optimzer"]
     assert "expected a number > 0.0, came -1" in found["sampling.temperature"]
     assert "expected a text, came 3" in found["sampling.stop.1"]
@@ -200,6 +200,7 @@ def test_the_message_lists_one_violation_per_line():
 
 
 EP4 = [("trainer.ranks", 4), ("trainer.parallel.ep", 4)]
+PPO = [("algorithm.advantage", "gae"), ("critic", {})]
 TWO_TP = [("trainer.ranks", 2), ("trainer.parallel.tp", 2), ("trainer.sequence_parallel", True)]
 
 TAIL_ON_GPUS = [
@@ -297,6 +298,25 @@ BROKEN = [
         "algorithm.importance.truncation",
         "expected null",
     ),
+    ([("algorithm.advantage", "gae")], "algorithm.advantage", "no section `critic`"),
+    ([("critic", {})], "critic", "advantage: gae"),
+    ([*PPO, ("stream.pipelining", True)], "algorithm.gae.whiten", "set whiten: false"),
+    ([*PPO, ("critic.warmup_steps", 3)], "critic.warmup_steps", "fewer than run.steps = 3"),
+    ([*PPO, ("critic.parallel", {"pp": 2})], "critic.parallel", "at least etp*ep*pp = 2"),
+    ([*PPO, ("critic.optimizer", {"min_lr": 1.0})], "critic.optimizer.min_lr", "at most critic.optimizer.lr"),
+    ([*PPO, ("critic.recompute", "selective")], "critic.recompute_modules", "came none"),
+    (
+        [*PPO, *EP4, ("balance.enabled", True), ("critic.parallel", {"tp": 2, "ep": 2, "etp": 2})],
+        "critic.parallel.etp",
+        "keep experts whole",
+    ),
+    ([("reference.parallel", {})], "reference.parallel", "no reference model"),
+    (
+        [("algorithm.kl.coef", 0.1), ("reference.parallel", {}), ("fuse.tail.enabled", True)],
+        "reference.parallel",
+        "the tail",
+    ),
+    ([("reward.model", {"path": "m", "parallel": {"pp": 2}})], "reward.model.parallel", "at least etp*ep*pp = 2"),
     ([("stream.pipelining", True), ("algorithm.epochs_per_batch", 2)], "algorithm.epochs_per_batch", "as they arrive"),
     ([("stream.pipelining", True), ("algorithm.mini_batches", 2)], "algorithm.old_logprobs", "rollout"),
     (
@@ -354,6 +374,11 @@ def test_broken_rules(changes, path, said):
 
 
 VALID = [
+    [*PPO, ("data.samples_per_prompt", 1), ("critic.warmup_steps", 2)],
+    [*PPO, ("trainer.ranks", 4), ("critic.parallel", {"pp": 2, "ep": 2}), ("algorithm.gae.lam", 0.95)],
+    [*PPO, ("stream.pipelining", True), ("algorithm.gae.whiten", False)],
+    [("algorithm.kl.coef", 0.1), ("trainer.ranks", 2), ("reference.parallel", {"pp": 2})],
+    [("reward.model", {"path": "models/reward", "weight": 0.5})],
     [("fuse.tail.enabled", True)],
     TAIL_ON_GPUS,
     TWO_TP,
