@@ -13,9 +13,11 @@ import torch
 
 from megatron_ultraep.layout import Pass
 from megatron_ultraep.megatron.migrate import MoveReport
+from megatron_ultraep.pipeline.problem import Schedule
 from rl.training.batch import MiniBatch
 from rl.training.engine_routes import RoutesOfEngines
 from rl.training.foresight import Homes, StagePlans
+from rl.training.fused import FusedResult, Learning, TakingLogprobs
 from rl.training.objectives import Objective
 from rl.training.offload import MemoryReport, OffloadReport, Part
 from rl.training.passes import PassSettings, RouteMode, RouteReport
@@ -36,6 +38,7 @@ class TrainerActor:
         self.rank = rank
         self.worker: Any = None
         self._sender: Any = None
+        self._fusion: Any = None
         self._shared: Any = None
 
     def listen_address(self) -> str:
@@ -97,6 +100,26 @@ class TrainerActor:
         self, part: MiniBatch, step: int, objective: Objective, lr: float | None, plans: StagePlans | None, model: str
     ) -> TrainResult:
         return self.worker.train(part, step, objective, lr=lr, plans=plans, model=model)
+
+    def train_fused(
+        self,
+        schedule: Schedule,
+        whats: Sequence[tuple[str, int, Learning | TakingLogprobs]],
+        timeout_s: float,
+        *parts_and_plans: Any,
+    ) -> FusedResult:
+        """``(model, step, task)`` of each part, then each one's batch, then each one's plans: references are resolved
+        in top-level arguments only."""
+        from rl.training.fused import FusedPart, Fusion
+
+        if self._fusion is None:
+            self._fusion = Fusion(self.worker, timeout_s)
+        batches, plans = parts_and_plans[: len(whats)], parts_and_plans[len(whats) :]
+        parts = [
+            FusedPart(model, batch, step, task, ahead)
+            for (model, step, task), batch, ahead in zip(whats, batches, plans, strict=True)
+        ]
+        return self._fusion.train(schedule, parts)
 
     def accumulate(
         self, part: MiniBatch, step: int, objective: Objective, plans: StagePlans | None, first: bool, model: str

@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_ultraep.megatron.groups import ParallelLayout
 from megatron_ultraep.pipeline.communication import Links
 from megatron_ultraep.pipeline.executor import ExecutionReport, FusedExecutor
 from megatron_ultraep.pipeline.problem import Problem, Schedule
 from megatron_ultraep.pipeline.stage import StageWork
-from rl.training.batch import MiniBatch
+from rl.training.batch import Counts, MiniBatch
 from rl.training.foresight import StagePlans
 from rl.training.objectives import Objective
 from rl.training.passes import PassSettings, PreparedPass, RouteMode, RouteReport
-from rl.training.results import TrainResult
+from rl.training.results import StepOutcome, TrainResult, step_outcome
 
 if TYPE_CHECKING:
     from rl.training.worker import TrainWorker
@@ -101,6 +102,54 @@ class FusedResult:
     stages: dict[str, StageSeconds] = field(default_factory=dict)
     makespan: float = 0.0
     finish_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class FusedOutcome:
+    """A fused step over all ranks.
+
+    Attributes:
+        learnt: of each model that learnt.
+        logprobs: of each model that took log-probs, by sample, ``[T]`` aligned with tokens.
+        stages: of each model by stage, means over ranks.
+        makespan: from the first operation to the last, in seconds.
+    """
+
+    learnt: dict[str, StepOutcome]
+    logprobs: dict[str, dict[str, np.ndarray]]
+    stages: dict[str, tuple[StageSeconds, ...]]
+    makespan: float
+
+
+def fused_outcome(
+    results: Sequence[FusedResult], layouts: Mapping[str, ParallelLayout], learnt: Mapping[str, Counts]
+) -> FusedOutcome:
+    """One fused step, from what every rank tells.
+
+    Args:
+        results: by rank.
+        layouts: of each model.
+        learnt: what each model that learns has learnt from.
+    """
+    stages: dict[str, tuple[StageSeconds, ...]] = {}
+    for name, layout in layouts.items():
+        of_stage: list[list[StageSeconds]] = [[] for _ in range(layout.pp)]
+        for rank, result in enumerate(results):
+            of_stage[layout.coordinates(rank)["pp"]].append(result.stages[name])
+        stages[name] = tuple(
+            StageSeconds(float(np.mean([t.forward for t in times])), float(np.mean([t.backward for t in times])))
+            for times in of_stage
+        )
+    merged: dict[str, dict[str, np.ndarray]] = {}
+    for result in results:
+        for name, (values, _) in result.logprobs.items():
+            merged.setdefault(name, {}).update(values)
+    return FusedOutcome(
+        learnt={name: step_outcome([r.learnt[name] for r in results], counts) for name, counts in learnt.items()},
+        logprobs=merged,
+        stages=stages,
+        makespan=max(result.makespan for result in results),
+    )
 
 
 class Fusion:

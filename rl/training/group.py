@@ -24,12 +24,14 @@ import ray
 
 from megatron_ultraep.layout import Pass
 from megatron_ultraep.megatron.migrate import MoveReport
+from megatron_ultraep.pipeline.problem import Schedule
 from rl.shared_gpus import SharedGpus
 from rl.training.accumulate import check_apply, check_first
 from rl.training.actor import TrainerActor
 from rl.training.batch import Counts, MiniBatch
 from rl.training.engine_routes import RoutesOfEngines
 from rl.training.foresight import ExpertGroup, Homes, PassPlans, expert_groups
+from rl.training.fused import FusedOutcome, Learning, TakingLogprobs, fused_outcome
 from rl.training.objectives import Objective
 from rl.training.offload import MemoryReport, OffloadReport, Part, merge_reports
 from rl.training.passes import PassSettings, RouteMode, RouteReport
@@ -58,6 +60,23 @@ class TrainerLimits:
     step_s: float = 900.0
     checkpoint_s: float = 600.0
     routes_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class WholePart:
+    """What one model does in a fused step, on all ranks.
+
+    Attributes:
+        model: its name.
+        batch: the whole mini-batch, laid out for the model's layout.
+        task: what it does with it.
+        plans: made ahead, of the actor.
+    """
+
+    model: str
+    batch: MiniBatch
+    task: Learning | TakingLogprobs
+    plans: PassPlans | None = None
 
 
 class Trainer:
@@ -196,6 +215,30 @@ class Trainer:
         results = self._all(calls, self.limits.step_s, f"optimizer step {step} of the {model}")
         self._stepped(model)
         return step_outcome(results, batch.learnt)
+
+    def train_fused(self, schedule: Schedule, parts: Sequence[WholePart]) -> FusedOutcome:
+        """The models of a schedule in one pipeline: each takes an optimizer step, or log-probs.
+
+        Args:
+            schedule: its models are those of the parts, by name.
+            parts: what each model does; see ``rl.training.fused``.
+        """
+        whats = [(part.model, self._step_of(part.model), part.task) for part in parts]
+        batches = [self._parts(part.batch, part.model) for part in parts]
+        plans = [self._plans(part.plans) for part in parts]
+        sent = ray.put(schedule)
+        calls = [
+            handle.train_fused.remote(
+                sent, whats, self.spec.collective_s, *(b[rank] for b in batches), *(p[rank] for p in plans)
+            )
+            for rank, handle in enumerate(self.handles)
+        ]
+        names = " and ".join(part.model for part in parts)
+        results = self._all(calls, self.limits.step_s, f"fused step {self.steps} of {names}")
+        learnt = {part.model: part.batch.learnt for part in parts if isinstance(part.task, Learning)}
+        for model in learnt:
+            self._stepped(model)
+        return fused_outcome(results, {part.model: self.spec.layout_of(part.model) for part in parts}, learnt)
 
     def _step_of(self, model: str) -> int:
         return self.critic_steps if model == "critic" else self.steps
