@@ -1,9 +1,16 @@
 """Gradients of two models from one fused schedule are those of the two trained one after the other."""
 
+import numpy as np
 import pytest
+import torch
 
+from megatron_ultraep.megatron import compat, cpu
+from megatron_ultraep.megatron.groups import ParallelLayout, create_groups
+from megatron_ultraep.pipeline.agreement import ScheduleMismatch
+from megatron_ultraep.pipeline.stage import StageWork
 from rl.models import tiny
-from tests.megatron_ultraep.pipeline.fused_models import fused_gradients
+from tests.megatron_ultraep.pipeline.fused_models import Fused, fused_gradients, trained_weights
+from tests.ranks import RankError
 from tests.rl.training.common import merge, worst
 from tests.rl.training.critics import both_gradients, with_head
 from tests.rl.training.planning import BALANCE
@@ -63,8 +70,8 @@ def check(ranks, directory, stock, case):
         assert (fused["actor"]["digests"][sample] == digest).all()
     assert fused["critic"]["digests"] == {}  # its routers chose
     if "balance" in spec:
-        replicas = [r[f"{name} balance"].get("replicas", 0) for r in results for name in ("actor", "critic")]
-        assert sum(replicas) > 0, results[0]["actor balance"]
+        for name in ("actor", "critic"):
+            assert results[0][f"{name} balance"]["moe/replicas/mean"] > 0, f"the {name} was not balanced"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -83,3 +90,122 @@ def test_plain_1f1b_of_one_model_equals_the_stock_schedule(ranks, directory, sto
     fused = together(results, ("actor",))["actor"]
     assert fused["loss"] == pytest.approx(stock["actor"]["loss"], abs=1e-12)
     assert worst(fused["tensors"], stock["actor"]["tensors"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("world", "actor", "critic"),
+    [(2, PP2, HALF2), pytest.param(4, PP4, HALF4, marks=pytest.mark.slow)],
+    ids=["pp2", "pp4"],
+)
+def test_steps_with_distributed_optimizer_and_overlap_equal_stock_steps(ranks, directory, world, actor, critic):
+    """Each model's micro-batches come in the same order, so that not even rounding differs."""
+    spec = {"distributed_optimizer": True, "overlap": True}
+    stock = ranks(world).run(trained_weights, directory, actor, critic, None, **spec)
+    fused = ranks(world).run(trained_weights, directory, actor, critic, 13, **spec)
+    for name in ("actor", "critic"):
+        expected = {n: t for r in stock for n, t in r[name].items()}
+        got = {n: t for r in fused for n, t in r[name].items()}
+        assert set(got) == set(expected)
+        assert all(np.array_equal(got[n], expected[n]) for n in expected)
+
+
+def values_beside_training(directory, layout, critic, **spec):
+    """The critic forward only, fused into the actor's training; and its values from the stock schedule."""
+    fused = Fused(directory, layout, critic, ("actor", "critic"), **spec)
+    expected = fused.worker.values(fused.part_of("critic"), 0)
+    found, values = fused.gradients_and_values(14)
+    found["actor"]["tensors"] = fused.tensors("actor")
+    return found, values, expected
+
+
+def test_a_model_that_only_runs_forward(ranks, directory, stock):
+    results = ranks(2).run(values_beside_training, directory, PP2, REVERSED2, **FP64)
+    actor = together([r[0] for r in results], ("actor",))["actor"]
+    assert worst(actor["tensors"], stock["actor"]["tensors"]) <= TOLERANCE
+    assert sum(len(values) for _, values, _ in results) == 10
+    for _, values, expected in results:
+        assert set(values) == set(expected)
+        assert all(np.array_equal(values[sample], expected[sample]) for sample in expected)
+
+
+class Auxiliary(torch.nn.Module):
+    """One weight per model; an auxiliary loss beside the main one."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.weight = torch.nn.Parameter(torch.ones(4))
+
+    def set_input_tensor(self, received):
+        pass
+
+    def forward(self, x):
+        from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+        return MoEAuxLossAutoScaler.apply(x * self.weight, (self.weight**2).sum())
+
+
+def auxiliary_gradients(order):
+    """Gradients of two models of 2 and 4 micro-batches whose operations run in this order."""
+    cpu.install()
+    groups = create_groups(ParallelLayout(world=1), timeout_s=60)
+    stages, chunks = [], []
+    for count in (2, 4):
+        config = compat.transformer_config(
+            num_layers=1, hidden_size=4, num_attention_heads=1, num_moe_experts=2, pipeline_dtype=torch.float32
+        )
+        chunks.append(Auxiliary(config))
+
+        def step(data, chunk):
+            return chunk(next(data)), lambda output: (output.sum(), output.detach().sum())
+
+        data = iter([torch.full((4,), float(i)) for i in range(count)])
+        work = StageWork(chunks[-1], config, groups, step, data, (4,) * count)
+        assert work.microbatches == count
+        stages.append(work.begin())
+    for model, microbatch, backward in order:
+        (stages[model].backward if backward else stages[model].forward)(microbatch, None)
+    return [chunk.weight.grad.tolist() for chunk in chunks]
+
+
+def test_auxiliary_losses_keep_the_scale_of_their_model(ranks):
+    """Megatron has one scale per process, which the last forward sets, of whatever model."""
+    in_turn = [(m, i, b) for m, count in enumerate((2, 4)) for i in range(count) for b in (False, True)]
+    mixed = [(0, 0, False), (1, 0, False), (0, 1, False), (1, 1, False), (0, 0, True), (1, 0, True), (1, 2, False),
+             (0, 1, True), (1, 3, False), (1, 1, True), (1, 2, True), (1, 3, True)]  # fmt: skip
+    assert ranks(1).run(auxiliary_gradients, mixed) == ranks(1).run(auxiliary_gradients, in_turn)
+
+
+def unfit(directory, what):
+    fused = Fused(directory, PP2, REVERSED2, ("actor", "critic"))
+    if what == "vpp":
+        fused.worker.actor.config.virtual_pipeline_model_parallel_size = 2
+    counts = {"actor": 1} if what == "count" else {}
+    try:
+        fused.gradients(1, counts=counts)
+    except ScheduleMismatch as error:
+        return str(error)
+    return "ran"
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("count", "model 'actor': expected 1 micro-batches on every rank, got 4"),
+        ("vpp", "model 'actor': virtual pipeline stages"),
+        ("nothing", "ran"),
+    ],
+)
+def test_what_does_not_fit_is_refused_on_all_ranks(ranks, directory, what, message):
+    for answer in ranks(2).run(unfit, directory, what):
+        assert message in answer
+
+
+def wrong_rows(directory):
+    fused = Fused(directory, PP2, REVERSED2, ("actor", "critic"))
+    fused.gradients(1, more_rows=1)
+
+
+def test_rows_that_are_not_the_models_are_an_error_not_a_hang(ranks, directory):
+    with pytest.raises(RankError, match=r"expected \(\d+, 1, 64\) torch.float32, got \(\d+, 1, 64\)"):
+        ranks(2).run(wrong_rows, directory)
