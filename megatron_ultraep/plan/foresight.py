@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,7 @@ from megatron_ultraep.layout import ExpertLayout
 from megatron_ultraep.plan import quota, search
 from megatron_ultraep.plan.loads import Histogram, Rows, needed_counts, step_loads
 from megatron_ultraep.plan.types import Array, NodeDecision, Plan, PlanSettings, stride
+from megatron_ultraep.processes import end_with_parent
 
 __all__ = [
     "Foreseer",
@@ -408,7 +409,7 @@ class Foreseer:
         if processes < 1:
             raise ValueError(f"expected processes >= 1, got {processes}")
         # Spawned: this process may hold CUDA, threads and process groups.
-        self._pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent)
+        self._pool = ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=end_with_parent)
         self._threads = threads
         for _ in range(processes):
             self._pool.submit(_warm_up)  # the first step need not wait for imports and compilation
@@ -449,19 +450,6 @@ class Foreseer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed closes no pool: end when it does."""
-    parent = parent_process()
-    if parent is None:
-        return
-
-    def end() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end, name="end-with-parent", daemon=True).start()
 
 
 def _warm_up() -> None:
