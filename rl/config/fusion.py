@@ -41,7 +41,24 @@ class TailSection(Section):
     )
 
 
+class FusedTrainingSection(Section):
+    """Actor and partner in one pipeline schedule: a critic, or a reference that takes log-probs of the mini-batch after
+    it, works in the bubbles that the actor's pipeline leaves. Gradients are those of one after the other."""
+
+    mode: Literal["auto", "on", "off"] = Field(
+        "auto", description="auto: where there is a partner and a pipeline; the run says at its start which, or why "
+        "not. on: refuse to run without.",
+    )  # fmt: skip
+    solve_s: float = Field(4.0, gt=0, description="Seconds to search for a schedule, beside the loop.")
+    drift: float = Field(
+        0.2, gt=0, description="Relative change of a stage's share of time above which a schedule is searched anew."
+    )
+
+
 class FuseSection(Section):
     """Stages of an iteration that run into each other (RLHFuse)."""
 
+    training: FusedTrainingSection = Field(
+        default_factory=FusedTrainingSection, description=FusedTrainingSection.__doc__
+    )
     tail: TailSection = Field(default_factory=TailSection, description=TailSection.__doc__)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from rl.config.fused_training import fused_partner
 from rl.config.sections import RunConfig
 from rl.config.violations import Violation
 
 
 def fuse(config: RunConfig) -> Iterator[Violation]:
+    partner = fused_partner(config)
+    if config.fuse.training.mode == "on" and partner.name is None:
+        yield Violation("fuse.training.mode", f"{partner.reason}; or set it to auto or off.", partner.fields)
+    yield from _tail(config)
+
+
+def _tail(config: RunConfig) -> Iterator[Violation]:
     tail, stream, trainer = config.fuse.tail, config.stream, config.trainer
     if not tail.enabled:
         return

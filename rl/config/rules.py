@@ -128,6 +128,13 @@ def _lengths(config: RunConfig) -> Iterator[Violation]:
             f"{config.rollout.max_model_len}; raise it or lower one of them.",
             ("data.max_prompt_tokens", "sampling.max_tokens"),
         )
+    if config.reward.model is not None and config.trainer.tokens_per_micro_batch < longest:
+        yield Violation(
+            "trainer.tokens_per_micro_batch",
+            "a reward model sees the last token too: expected room for the longest sample (data.max_prompt_tokens + "
+            f"sampling.max_tokens = {longest}), came {config.trainer.tokens_per_micro_batch}; raise it.",
+            ("data.max_prompt_tokens", "sampling.max_tokens", "reward.model"),
+        )
     if config.trainer.tokens_per_micro_batch < longest - 1:
         yield Violation(
             "trainer.tokens_per_micro_batch",
