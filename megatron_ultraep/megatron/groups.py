@@ -13,7 +13,7 @@ import builtins
 import functools
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, overload
 
@@ -106,6 +106,19 @@ class ParallelLayout:
     def sequence_parallel(self) -> bool:
         """Megatron's MoE demands sequence parallelism with tensor parallelism; it is always on with it."""
         return self.tp > 1
+
+    def opposed(self, nodes: int) -> ParallelLayout:
+        """The same sizes on the nodes of a pipeline of ``nodes`` stages, whose direction these stages run against.
+
+        Fewer stages are there several times, as replicas on consecutive segments of nodes.
+
+        Raises:
+            ValueError: a number of stages that does not divide ``nodes``, or sizes that do not fit a node.
+        """
+        if nodes % self.pp:
+            raise ValueError(f"expected a number of stages that divides the {nodes} nodes, got pp={self.pp}")
+        firsts = range(0, nodes, self.pp)
+        return replace(self, placement=tuple(tuple(range(first, first + self.pp))[::-1] for first in firsts))
 
     def coordinates(self, rank: int) -> dict[str, int]:
         """``{"tp", "dp", "pp", "etp", "ep", "expert_dp"}`` of a rank."""

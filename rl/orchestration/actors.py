@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from megatron_ultraep.megatron.groups import ParallelLayout
 from rl.config import OptimizerSection, RunConfig
+from rl.config.fused_training import fused_partner
 from rl.models.builder import Recompute
 from rl.rollout.config import EngineConfig
 from rl.rollout.dispatch import Dispatch, get_dispatch
@@ -22,12 +23,16 @@ from rl.training.spec import CriticSpec, OptimizerSpec, ScorerSpec, TrainerSpec
 
 
 def parallel_layout(config: RunConfig, model: str = "actor") -> ParallelLayout:
-    """Of a model on the trainer's ranks: ``"actor"``, or ``"critic"``, ``"reference"``, ``"scorer"``."""
+    """Of a model on the trainer's ranks: ``"actor"``, or ``"critic"``, ``"reference"``, ``"scorer"``.
+
+    Stages of the actor's partner in fused training run against the actor's.
+    """
     field = {"critic": "critic.parallel", "reference": "reference.parallel", "scorer": "reward.model.parallel"}
     p = config.layouts.get(field.get(model, ""), config.trainer.parallel)
-    return ParallelLayout(
+    layout = ParallelLayout(
         world=config.trainer.ranks, tp=p.tp, pp=p.pp, vpp=p.vpp if p.vpp > 1 else None, ep=p.ep, etp=p.etp, cp=p.cp
     )
+    return layout.opposed(config.trainer.parallel.pp) if fused_partner(config).name == model else layout
 
 
 def start_actors(config: RunConfig, stack: contextlib.ExitStack) -> tuple[EnginePool, Trainer]:

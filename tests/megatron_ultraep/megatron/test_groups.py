@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ultraep.megatron.groups import ParallelLayout, create_groups
+from megatron_ultraep.megatron.groups import ParallelLayout, create_groups, new_group
 from rl.models import tiny
 from rl.models.weights import export_weights
 from rl.training.batch import MiniBatch
@@ -71,6 +71,89 @@ def test_coordinates_by_hand():
     assert layout.coordinates(6) == {"pp": 1, "tp": 0, "dp": 1, "etp": 0, "ep": 2, "expert_dp": 0}
 
 
+def test_a_placement_renumbers_ranks():
+    reversed_ = ParallelLayout(world=4, pp=2, ep=2, placement=((1, 0),))
+    assert [reversed_.coordinates(r)["pp"] for r in range(4)] == [1, 1, 0, 0]
+    assert [reversed_.coordinates(r)["ep"] for r in range(4)] == [0, 1, 0, 1]
+    segments = ParallelLayout(world=8, pp=2, ep=2, placement=((1, 0), (3, 2)))
+    assert (segments.dp, segments.replicas, segments.node_size, segments.expert_dp) == (4, 2, 2, 2)
+    assert [segments.coordinates(r)["pp"] for r in range(8)] == [1, 1, 0, 0, 1, 1, 0, 0]
+    assert [segments.coordinates(r)["dp"] for r in range(8)] == [0, 1, 0, 1, 2, 3, 2, 3]
+    assert [segments.coordinates(r)["expert_dp"] for r in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+    same = ParallelLayout(world=8, pp=4, placement=((0, 1, 2, 3),))
+    assert [same.coordinates(r) for r in range(8)] == [ParallelLayout(world=8, pp=4).coordinates(r) for r in range(8)]
+
+
+PLACED = {
+    2: [{"pp": 2, "placement": ((1, 0),)}, {"placement": ((1,), (0,))}],
+    4: [{"pp": 4, "placement": ((2, 0, 3, 1),)}, {"pp": 2, "placement": ((1, 0), (3, 2))},
+        {"pp": 2, "ep": 2, "tp": 2, "placement": ((1, 0),)}],
+    8: [{"pp": 2, "ep": 2, "placement": ((1, 0), (3, 2))}, {"pp": 2, "tp": 2, "ep": 2, "placement": ((3, 2), (1, 0))}],
+}  # fmt: skip
+
+
+def placed_groups(layouts):
+    """Per layout: coordinates, this rank's place in each group and the group's members, and a sum over its pipeline."""
+    answers = []
+    for kwargs in layouts:
+        layout = ParallelLayout(world=dist.get_world_size(), **kwargs)
+        groups = create_groups(layout, timeout_s=60)
+        pipeline = groups.collection.pp
+        total = torch.tensor([1.0 + groups.coordinates["pp"]])
+        dist.all_reduce(total, group=pipeline)
+        first = torch.tensor([float(dist.get_rank())])
+        dist.broadcast(first, dist.get_global_rank(pipeline, 0), group=pipeline)
+        places = {n: (dist.get_rank(g), g.rank(), dist.get_process_group_ranks(g))
+                  for n, f in GROUP_OF.items() for g in [getattr(groups.collection, f)]}  # fmt: skip
+        embedding = dist.get_process_group_ranks(groups.collection.embd) if groups.collection.embd else None
+        answers.append((groups.coordinates, places, float(total), int(first), embedding, groups.replica))
+    return answers
+
+
+@pytest.mark.parametrize("world", PLACED)
+def test_groups_of_placed_stages_say_the_stage(ranks, world):
+    for rank, answers in enumerate(ranks(world).run(placed_groups, PLACED[world])):
+        for kwargs, (coordinates, places, total, first, embedding, replica) in zip(PLACED[world], answers, strict=True):
+            layout = ParallelLayout(world=world, **kwargs)
+            for name, (group_rank, own_rank, members) in places.items():
+                assert group_rank == own_rank == members.index(rank) == coordinates[name], (kwargs, rank, name)
+            stages = places["pp"][2]
+            assert total == layout.pp * (layout.pp + 1) / 2
+            assert first == stages[0]
+            assert [layout.coordinates(r)["pp"] for r in stages] == list(range(layout.pp))
+            assert stages == [node * layout.node_size + rank % layout.node_size for node in layout.placement[replica]]
+            ends = {stages[0], stages[-1]}
+            assert embedding == ([r for r in stages if r in ends] if rank in ends else None)
+
+
+def ordered_group(order):
+    group = new_group(order, timeout_s=20)
+    gathered = [torch.zeros(1) for _ in order]
+    dist.all_gather(gathered, torch.tensor([float(dist.get_rank())]), group=group)
+    return group.rank(), [int(t) for t in gathered]
+
+
+def ordered_group_of_older_torch(order):
+    """Without ``sort_ranks``, as torch 2.11 and before have it."""
+    stock = dist.new_group
+
+    def older(ranks=None, timeout=None, backend=None):
+        return stock(ranks, timeout=timeout, backend=backend)
+
+    dist.new_group = older
+    try:
+        return ordered_group(order)
+    finally:
+        dist.new_group = stock
+
+
+@pytest.mark.parametrize("make", [ordered_group, ordered_group_of_older_torch])
+def test_a_group_in_the_order_given(ranks, make):
+    answers = ranks(4).run(make, [2, 0, 3, 1])
+    assert [rank for rank, _ in answers] == [1, 3, 0, 2]
+    assert all(gathered == [2, 0, 3, 1] for _, gathered in answers)
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
@@ -80,6 +163,13 @@ def test_coordinates_by_hand():
         ({"world": 4, "pp": 2, "vpp": 1}, "vpp=1 needs pp > 1 and at least 2 chunks per stage"),
         ({"world": 4, "vpp": 2}, "got pp=1: unset vpp"),
         ({"world": 4, "ep": 0}, "expected ep >= 1, got 0"),
+        ({"world": 4, "pp": 2, "placement": ((0, 1, 2, 3),)}, r"a placement of pp=2 nodes for every replica"),
+        ({"world": 4, "pp": 2, "placement": ((0, 1), (1, 2))}, "expected each of the nodes 0 to 3 once"),
+        (
+            {"world": 8, "pp": 2, "ep": 4, "placement": ((1, 0), (2, 3))},
+            r"etp\*ep=1\*4 must divide the ranks of a node",
+        ),
+        ({"world": 6, "pp": 2, "placement": ((1, 0), (2, 3))}, "6 ranks / 4 nodes"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(sizes, message):
@@ -97,6 +187,18 @@ def sub_groups():
         dist.all_reduce(total, group=group)
         sums.append(int(total))
     return some and (some.rank, dist.get_rank(some.collection.ep)), sums
+
+
+def test_opposed_stages():
+    layout = ParallelLayout(world=8, pp=2, ep=2)
+    assert layout.opposed(2).placement == ((1, 0),)
+    assert layout.opposed(4).placement == ((1, 0), (3, 2))
+    assert ParallelLayout(world=8).opposed(4).placement == ((0,), (1,), (2,), (3,))
+    assert [layout.opposed(4).coordinates(rank)["pp"] for rank in range(0, 8, 2)] == [1, 0, 1, 0]
+    with pytest.raises(ValueError, match="divides the 3 nodes, got pp=2"):
+        layout.opposed(3)
+    with pytest.raises(ValueError, match="ranks of a node"):
+        ParallelLayout(world=4, pp=2, ep=2).opposed(4)
 
 
 def test_a_model_may_use_some_of_the_ranks(ranks):
