@@ -25,7 +25,7 @@ from rl.files import json_line, read_json_lines, write_atomic, write_json_lines
 
 logger = logging.getLogger(__name__)
 
-SECTIONS = ("train", "rollout", "perf", "eval", "moe", "stream", "fuse", "warmup")
+SECTIONS = ("train", "rollout", "perf", "eval", "moe", "stream", "fuse", "critic", "warmup")
 
 # With balancing on, and of training's own passes only: the names of BALANCE_METRICS.
 METRICS = BALANCE_METRICS | {
@@ -71,12 +71,24 @@ METRICS = BALANCE_METRICS | {
     "fuse/tail/predicted_saving_seconds": "Seconds that gathering saves, by simulation of recent lengths.",
     "perf/step_time": "Seconds of one iteration.",
     "perf/tokens_per_second": "Tokens of the iteration's samples over its seconds.",
-    "perf/time/<phase>": "Seconds of one phase: generate, reward, reorder, prepare, old_logprob, train, "
+    "perf/time/<phase>": "Seconds of one phase: generate, reward, reorder, prepare, old_logprob, values, train, "
     "export, offload, transfer, weight_update, evaluate, checkpoint.",
     "perf/memory_gib/<turn>": "Colocated: most GiB in use on a GPU at the end of the turns of generate and train.",
     "eval/accuracy": "Fraction of held-out prompts answered correctly.",
     "eval/reward/mean": "Mean reward on held-out prompts.",
     "eval/response_length/mean": "Mean response length on held-out prompts, tokens.",
+    "train/advantage_mean": "Mean advantage of learnt tokens, before whitening (GAE).",
+    "train/advantage_std": "Standard deviation of those.",
+    "critic/loss": "Value loss, mean over the iteration's optimizer steps.",
+    "critic/clipfrac": "Fraction of tokens whose value was clipped: no gradient.",
+    "critic/abs_error": "Mean |value - return| over learnt tokens, in training.",
+    "critic/grad_norm": "Global gradient norm of the critic before clipping.",
+    "critic/lr": "Learning rate of the critic.",
+    "critic/values/mean": "Mean value of learnt tokens before the iteration's updates.",
+    "critic/returns/mean": "Mean return of learnt tokens.",
+    "critic/explained_variance": "1 - Var(return - value) / Var(return) before updates; 1 is perfect, 0 a constant.",
+    "rollout/reward_model/mean": "Mean score of the reward model.",
+    "rollout/reward_model/std": "Standard deviation of its scores.",
     "warmup/loss": "Cross-entropy of the supervised warm-up, nats per token.",
     "warmup/accuracy": "Greedy accuracy on problems of the warm-up.",
 }

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 
 from rl.orchestration.ahead import Moved, Passes
+from rl.orchestration.critic import value_objective, values_of, with_model_scores
 from rl.orchestration.experience import rewarded, train_samples, with_advantages
 from rl.orchestration.feed import Batch
 from rl.orchestration.setup import Run
@@ -26,6 +27,7 @@ from rl.orchestration.steps import (
     wait_for,
 )
 from rl.training.batch import Counts, MiniBatch, TrainSample
+from rl.training.spec import MODELS
 from rl.training.worker import PolicyObjective
 from rl.types import Prompt, Sample
 
@@ -63,7 +65,8 @@ def train_arriving(run: Run, batch: Batch, moved: Moved) -> Arrived:
     found.trained = tally.trained(run, passes.made)
     if run.config.balance.reorder_by == "previous" and found.usable:
         every = train_samples(found.usable)
-        run.ahead.remember(every, np.array_split(np.arange(len(every)), max(1, len(tally.outcomes))))
+        steps = max(1, len(tally.outcomes), len(tally.of_critic))
+        run.ahead.remember(every, np.array_split(np.arange(len(every)), steps))
     chunks = max(1, len(passes.made))
     found.metrics = {name: value / (1 if name in _COUNTS else chunks) for name, value in sums.items()}
     found.metrics["stream/chunks"] = float(len(passes.made))
@@ -126,27 +129,40 @@ def _train_set(
             usable = rewarded(samples)
             if not usable:
                 continue
+            usable, of_scores = with_model_scores(run, usable, chunks.offset)
             run.whole = False
             found.usable += usable
             given = train_samples(usable)
             passes = chunks.passes(given)
             old, reference, metrics = old_and_reference(run, given, passes, chunks.offset)
-            chunks.offset += run.packing.layout_of(given).num_microbatches
+            values = values_of(run, given, chunks.offset)
+            chunks.offset += max(run.packing_of(model).layout_of(given).num_microbatches for model in MODELS)
             if len(chunks.made) == 1:
                 metrics |= compare_own_routes(run, given)
-            given, of_advantages = with_advantages(usable, given, config, old, reference)
-            for name, value in (metrics | of_advantages).items():
+            given, of_advantages = with_advantages(usable, given, config, old, reference, values)
+            for name, value in (metrics | of_scores | of_advantages).items():
                 sums[name] = sums.get(name, 0.0) + value
-            planned = wait_for(run, partial(passes.training, 0))
-            part = MiniBatch.make(
-                given, planned.layout, total_tokens=estimate.tokens, total_sequences=estimate.sequences
-            )
-            with run.phase("train"):
-                run.trainer.accumulate(part, objective, plans=planned.plans, first=first)
+            if values is not None:
+                part = MiniBatch.make(
+                    given, run.packing_of("critic").layout_of(given), estimate.tokens, estimate.sequences
+                )
+                with run.phase("train_critic"):
+                    run.trainer.accumulate(part, value_objective(run), first=first, model="critic")
+            if not run.critic_warms_up:
+                planned = wait_for(run, partial(passes.training, 0))
+                part = MiniBatch.make(given, planned.layout, estimate.tokens, estimate.sequences)
+                with run.phase("train"):
+                    run.trainer.accumulate(part, objective, plans=planned.plans, first=first)
             first = False
             captured += usable
         if first:
             return  # no sample of these prompts has a reward
+        if config.critic is not None:
+            with run.phase("train_critic"):
+                scale = estimate.scale("token_mean", run.trainer.accumulated("critic"))
+                tally.add_critic(run.trainer.apply(scale, model="critic"))
+        if run.critic_warms_up:
+            return
         with run.phase("train"):
             scale = estimate.scale(run.policy_loss.aggregation, run.trainer.accumulated())
             outcome = run.trainer.apply(scale)

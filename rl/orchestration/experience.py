@@ -13,6 +13,7 @@ from megatron_ultraep.layout import BatchLayout
 from megatron_ultraep.megatron.groups import ParallelLayout
 from rl.algorithms.advantages import AdvantageConfig, AdvantageInput, get_advantage_fn
 from rl.algorithms.losses import kl
+from rl.algorithms.values import explained_variance
 from rl.config import RunConfig
 from rl.rollout.config import Sampling
 from rl.rollout.service import GenerationService
@@ -78,41 +79,101 @@ def with_advantages(
     config: RunConfig,
     old: Mapping[str, np.ndarray] | None,
     reference: Mapping[str, np.ndarray] | None,
+    values: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[list[TrainSample], dict[str, float]]:
-    """Add advantages and log-probs of the old policy and the reference.
+    """Add advantages (with a critic: values and returns too) and log-probs of the old policy and the reference.
 
-    With the KL in the reward, each sample's reward loses ``coef`` times the sum of its tokens' estimates.
+    With the KL in the reward, each token's reward loses ``coef`` times its estimate; estimators that know one reward
+    per sample take the sum of them.
 
     Args:
         samples: rewarded.
         given: the same in the trainer's form.
         config: of the run.
-        old, reference: log-probs ``[T]`` by sample id, None where the pass did not run.
+        old, reference, values: of tokens, ``[T]`` by sample id, None where the pass did not run.
     """
     algorithm = config.algorithm
     rewards = torch.tensor([float(s.reward or 0.0) for s in samples], dtype=torch.float64)
+    per_token = algorithm.advantage == "gae"
+    penalties = None
     if reference is not None and algorithm.kl.apply_in == "reward":
-        for i, (sample, train) in enumerate(zip(samples, given, strict=True)):
-            policy = old[sample.sample_id] if old is not None else train.rollout_logprobs
-            estimate = kl(torch.tensor(policy), torch.tensor(reference[sample.sample_id]), algorithm.kl.estimator)
-            rewards[i] -= algorithm.kl.coef * float(estimate[torch.from_numpy(train.loss_mask)].sum())
+        penalties = [-algorithm.kl.coef * _kl(train, config, old, reference) for train in given]
+        if not per_token:
+            rewards += torch.tensor([penalty.sum() for penalty in penalties])
     _, group_ids = np.unique([s.prompt.uid for s in samples], return_inverse=True)
     lengths = torch.tensor([len(s.response_tokens) for s in samples])
-    result = get_advantage_fn("zero" if algorithm.zero_advantages else algorithm.advantage)(
-        AdvantageInput(rewards=rewards, group_ids=torch.from_numpy(group_ids), lengths=lengths),
-        AdvantageConfig(normalize_std=algorithm.normalize_std),
+
+    def packed(rows: Sequence[np.ndarray]) -> torch.Tensor:
+        """``[T]`` of each sample to ``[tokens]`` of responses."""
+        parts = [row[sample.prompt_length :] for row, sample in zip(rows, samples, strict=True)]
+        return torch.from_numpy(np.concatenate(parts)) if parts else torch.zeros(0)
+
+    batch = AdvantageInput(
+        rewards=rewards,
+        group_ids=torch.from_numpy(group_ids),
+        lengths=lengths,
+        values=None if values is None else packed([values[s.sample_id] for s in samples]),
+        token_rewards=packed(penalties) if penalties is not None and per_token else None,
+        learnt=torch.tensor([int(train.loss_mask.sum()) for train in given]),
     )
+    settings = AdvantageConfig(
+        normalize_std=algorithm.normalize_std,
+        gamma=algorithm.gae.gamma,
+        lam=algorithm.gae.lam,
+        whiten=algorithm.gae.whiten,
+    )
+    result = get_advantage_fn(algorithm.advantage)(batch, settings)
+    if algorithm.zero_advantages:  # a critic still learns
+        result = replace(result, advantages=torch.zeros_like(result.advantages))
+    metrics = {f"train/{name}": value for name, value in result.metrics.items()}
+    aligned = _aligned(samples, result.split(lengths))
+    returns = None
+    if result.returns is not None and batch.values is not None:
+        returns = _aligned(samples, torch.split(result.returns, lengths.tolist()))
+        learnt = packed([train.loss_mask for train in given])
+        metrics |= value_metrics(batch.values[learnt], result.returns[learnt])
     out = []
-    for sample, train, advantage in zip(samples, given, result.split(lengths), strict=True):
+    for i, (sample, train) in enumerate(zip(samples, given, strict=True)):
         out.append(
             replace(
                 train,
-                advantages=np.concatenate([np.zeros(sample.prompt_length, np.float32), advantage.numpy()]),
+                advantages=aligned[i],
                 old_logprobs=None if old is None else old[sample.sample_id],
                 ref_logprobs=None if reference is None else reference[sample.sample_id],
+                values=None if values is None else values[sample.sample_id],
+                returns=None if returns is None else returns[i],
             )
         )
-    return out, {f"train/{name}": value for name, value in result.metrics.items()}
+    return out, metrics
+
+
+def _kl(
+    train: TrainSample,
+    config: RunConfig,
+    old: Mapping[str, np.ndarray] | None,
+    reference: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """Estimate of the KL to the reference at every learnt token, float64 ``[T]`` aligned with tokens."""
+    policy = old[train.sample_id] if old is not None else train.rollout_logprobs
+    estimate = kl(torch.tensor(policy), torch.tensor(reference[train.sample_id]), config.algorithm.kl.estimator)
+    return np.where(train.loss_mask, estimate.double().numpy(), 0.0)
+
+
+def _aligned(samples: Sequence[Sample], rows: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    """``[R]`` of each sample to float32 ``[T]``, aligned with tokens."""
+    return [
+        np.concatenate([np.zeros(sample.prompt_length, np.float32), row.numpy()])
+        for sample, row in zip(samples, rows, strict=True)
+    ]
+
+
+def value_metrics(values: torch.Tensor, returns: torch.Tensor) -> dict[str, float]:
+    """How values were before the update; ``[tokens]`` each, of learnt tokens."""
+    return {
+        "critic/values/mean": float(values.mean()),
+        "critic/returns/mean": float(returns.mean()),
+        "critic/explained_variance": explained_variance(values, returns),
+    }
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Phases in which trainer ranks work; in the others they wait.
-TRAINER_PHASES = frozenset({"old_logprob", "reference", "train", "compare_own_routes", "reorder", "export", "offload"})
+TRAINER_PHASES = frozenset(
+    {
+        "old_logprob",
+        "reference",
+        "values",
+        "reward_model",
+        "train",
+        "train_critic",
+        "compare_own_routes",
+        "reorder",
+        "export",
+        "offload",
+    }
+)
 
 
 @dataclass
@@ -135,6 +148,15 @@ class Run:
             importance_cap=self.config.importance_cap,
         )
 
+    def packing_of(self, model: str) -> Packing:
+        """How samples become micro-batches of a model with a layout of its own."""
+        return Packing(self.trainer.spec.layout_of(model), self.packing.tokens_per_micro_batch)
+
+    @property
+    def critic_warms_up(self) -> bool:
+        """Whether the critic learns alone in the iteration that comes or runs."""
+        return self.config.critic is not None and self.step < self.config.critic.warmup_steps
+
     def settings(self, *, with_entropy: bool = False) -> PassSettings:
         """How the trainer takes log-probs: as the sampling policy did."""
         return PassSettings(
@@ -185,6 +207,7 @@ class Run:
             "cursor": self.cursor.to_json(),
             "version": self.version,
             "optimizer_steps": self.trainer.steps,
+            "critic_steps": self.trainer.critic_steps,
             "experts": self.ahead.to_json(),
             "predictor": self.service.predictor.to_json() if self.service.predictor is not None else None,
         }
@@ -229,6 +252,13 @@ class Run:
         they have arrived, and what went wrong is raised by :meth:`check_updates`.
         """
         send_weights(self)
+
+    def keep_engines(self) -> None:
+        """Engines have the weights of this step already, for the actor did not learn in it."""
+        self.updated()
+        self.feed.delivered(self.version, self.step)
+        if self.ahead_of_training:
+            self.feed.admit()
 
     def trainer_turn(self, keep_weights: bool = False) -> None:
         """Colocated: engines sleep, and the trainer comes back to the GPUs. Otherwise nothing.
@@ -422,6 +452,7 @@ def _restore(run: Run, newest: Path, state: dict[str, Any]) -> None:
     reference = run.directory / "checkpoints" / "reference"
     run.trainer.load(newest, reference if run.config.keeps_reference else None)
     run.trainer.steps = state["optimizer_steps"]
+    run.trainer.critic_steps = state.get("critic_steps", 0)
     run.step = run.saved_step = state["step"]
     run.cursor = Cursor.from_json(state["cursor"])
     run.version = state["version"]

@@ -16,6 +16,7 @@ from megatron_ultraep.replay import RoutingTrace, TraceSample
 from megatron_ultraep.telemetry.metrics import merge_groups
 from rl.ledger import StepRecord
 from rl.orchestration.ahead import Moved, Pass, Passes, merged_for_ledger, merged_metrics
+from rl.orchestration.critic import critic_metrics, train_critic
 from rl.orchestration.setup import Run
 from rl.training.batch import MiniBatch, TrainSample
 from rl.training.group import StepOutcome
@@ -106,7 +107,6 @@ def old_and_reference(
     algorithm = run.config.algorithm
     old = reference = None
     metrics: dict[str, float] = {}
-    batch = run.packing.mini_batch(samples)
     if algorithm.old_logprobs == "recompute":
         planned = wait_for(run, passes.old)
         with run.phase("old_logprob"):
@@ -124,7 +124,7 @@ def old_and_reference(
     if run.config.keeps_reference:
         with run.phase("reference"):
             reference, _ = run.trainer.logprobs(
-                batch,
+                run.packing_of("reference").mini_batch(samples),
                 "reference",
                 "old_logprob",
                 routes=mode_of(run, algorithm.routes.reference),
@@ -163,9 +163,13 @@ def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample], 
     objective = PolicyObjective(run.policy_loss, run.settings(with_entropy=True), mode)
     tally = Tally()
     for number, chosen in enumerate(passes.batches):
+        mine = [samples[i] for i in chosen]
+        if run.config.critic is not None:
+            tally.add_critic(train_critic(run, mine))
+        if run.critic_warms_up:
+            continue
         planned = wait_for(run, partial(passes.training, number))
-        batch = MiniBatch.make([samples[i] for i in chosen], planned.layout)
-        outcome = run.trainer.train(batch, objective, plans=planned.plans)
+        outcome = run.trainer.train(MiniBatch.make(mine, planned.layout), objective, plans=planned.plans)
         if mode == "replay":
             check_digests(captured, outcome.digests)
         tally.add(outcome)
@@ -177,9 +181,13 @@ class Tally:
 
     def __init__(self) -> None:
         self.outcomes: list[StepOutcome] = []
+        self.of_critic: list[StepOutcome] = []
 
     def add(self, outcome: StepOutcome) -> None:
         self.outcomes.append(outcome)
+
+    def add_critic(self, outcome: StepOutcome) -> None:
+        self.of_critic.append(outcome)
 
     def trained(self, run: Run, passes: Sequence[Passes]) -> Trained:
         """Metrics of the iteration.
@@ -189,7 +197,7 @@ class Tally:
             passes: all that were prepared for it.
         """
         if not self.outcomes:
-            return Trained()
+            return Trained(critic_metrics(self.of_critic), 0, merged_for_ledger(passes))
         sums: dict[str, float] = {}
         for outcome in self.outcomes:
             for name, value in outcome.sums.items():
@@ -210,6 +218,7 @@ class Tally:
             "train/grad_norm": float(np.mean([outcome.grad_norm for outcome in self.outcomes])),
             "train/lr": self.outcomes[-1].lr,
             "train/optimizer_steps": float(run.trainer.steps),
+            **critic_metrics(self.of_critic),
         }
         return Trained(metrics, len(self.outcomes), merged_for_ledger(passes))
 

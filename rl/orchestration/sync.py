@@ -17,6 +17,7 @@ from rl.config import RunConfig
 from rl.evaluation import eval_files, judge, read_eval, summarize
 from rl.orchestration.ahead import Moved
 from rl.orchestration.arriving import chunk_tokens, train_arriving
+from rl.orchestration.critic import values_of, with_model_scores
 from rl.orchestration.elastic import Elastic
 from rl.orchestration.evaluate import evaluate
 from rl.orchestration.experience import rewarded, rollout_metrics, train_samples, with_advantages
@@ -125,7 +126,9 @@ def one_step(state: Run) -> None:
                 else:
                     samples = batch.all()
     experts_moved = moved()
-    state.trainer_turn()
+    # A tail on freed engines has taken their weights.
+    sends = not state.critic_warms_up or state.tail is not None
+    state.trainer_turn(keep_weights=not sends)
     if config.stream.pipelining:
         arrived = train_arriving(state, batch, experts_moved)
         samples, usable, trained = arrived.samples, arrived.usable, arrived.trained
@@ -137,7 +140,10 @@ def one_step(state: Run) -> None:
     feed.trained()
     state.step, state.cursor = state.step + 1, batch.after
     with state.phase("weight_update"):
-        state.update_engines()
+        if sends:
+            state.update_engines()
+        else:
+            state.keep_engines()
     state.seconds["reward"] = batch.reward_seconds
     seconds = time.perf_counter() - started
     busy = {f"engine {i}": state.service.held_since(i) for i in state.service.engines}
@@ -180,6 +186,7 @@ def train_complete(
     usable = rewarded(samples)
     if not usable:
         return usable, Trained(), {}
+    usable, score_metrics = with_model_scores(state, usable)
     state.whole = False
     given = train_samples(usable)
     passes = prepare(state, given, experts_moved, plan_old=inferred is None)
@@ -188,10 +195,11 @@ def train_complete(
     else:
         old, reference, route_metrics = finish_inference(state, given, inferred)
     compared = compare_own_routes(state, given)
-    given, advantage_metrics = with_advantages(usable, given, state.config, old, reference)
+    values = values_of(state, given)
+    given, advantage_metrics = with_advantages(usable, given, state.config, old, reference, values)
     with state.phase("train"):
         trained = train(state, usable, given, passes)
-    return usable, trained, {**advantage_metrics, **route_metrics, **compared, **trained.metrics}
+    return usable, trained, {**score_metrics, **advantage_metrics, **route_metrics, **compared, **trained.metrics}
 
 
 def finish(state: Run) -> int:
