@@ -68,7 +68,9 @@ def critic_metrics(outcomes: Sequence[StepOutcome]) -> dict[str, float]:
     }
 
 
-def with_model_scores(run: Run, samples: Sequence[Sample], offset: int = 0) -> tuple[list[Sample], dict[str, float]]:
+def with_model_scores(
+    run: Run, samples: Sequence[Sample], offset: int = 0, values: Mapping[str, np.ndarray] | None = None
+) -> tuple[list[Sample], dict[str, float]]:
     """Add the reward model's scores to the samples' rewards, if there is one.
 
     The score is that of the last learnt token's row: the model sees the whole response, its end included.
@@ -77,13 +79,15 @@ def with_model_scores(run: Run, samples: Sequence[Sample], offset: int = 0) -> t
         run: the run.
         samples: rewarded by the reward function.
         offset: see :func:`values_of`.
+        values: what the model's pass over the samples gave, if it ran before.
     """
     section = run.config.reward.model
     if section is None:
         return list(samples), {}
-    with run.phase("reward_model"):
-        batch = run.packing_of("scorer").mini_batch([scored_sample(sample) for sample in samples])
-        values = run.trainer.values(batch, model="scorer", first_micro_batch=offset)
+    if values is None:
+        with run.phase("reward_model"):
+            batch = run.packing_of("scorer").mini_batch([scored_sample(sample) for sample in samples])
+            values = run.trainer.values(batch, model="scorer", first_micro_batch=offset)
     scores = [float(values[sample.sample_id][-1]) for sample in samples]
     rewards = [
         float(sample.reward or 0.0) + section.weight * score for sample, score in zip(samples, scores, strict=True)

@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from rl.config import RunConfig
 from rl.evaluation import eval_files, judge, read_eval, summarize
 from rl.orchestration.ahead import Moved
@@ -186,16 +188,21 @@ def train_complete(
     usable = rewarded(samples)
     if not usable:
         return usable, Trained(), {}
-    usable, score_metrics = with_model_scores(state, usable)
+    known: dict[str, dict[str, np.ndarray]] = {}
+    if inferred is not None:
+        finish_inference(state, usable, inferred)
+        known = inferred.values
+    usable, score_metrics = with_model_scores(state, usable, values=known.get("reward_model"))
     state.whole = False
     given = train_samples(usable)
     passes = prepare(state, given, experts_moved, plan_old=inferred is None)
     if inferred is None:
         old, reference, route_metrics = old_and_reference(state, given, passes)
+        values = values_of(state, given)
     else:
-        old, reference, route_metrics = finish_inference(state, given, inferred)
+        old, reference, values = (known.get(name) for name in ("old_logprob", "reference", "values"))
+        route_metrics = inferred.route_metrics
     compared = compare_own_routes(state, given)
-    values = values_of(state, given)
     given, advantage_metrics = with_advantages(usable, given, state.config, old, reference, values)
     with state.phase("train"):
         trained = train(state, usable, given, passes)

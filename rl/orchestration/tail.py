@@ -1,18 +1,20 @@
 """Inference beside the tail of generation (RLHFuse): passes over finished samples while the last ones are generated.
 
-    run.tail = Tail.of_run(config, pool, layout)
-    stream = service.generate(..., tail=run.tail.rule(samples))     # gathers the tail when few samples are left
-    inferred = infer_beside(run, batch, moved)                      # in place of waiting for the batch
-    old, reference, metrics = finish_inference(run, given, inferred)    # the rest; nothing is computed twice
+    run.tail = Tail.of_run(config, pool.info, layout)
+    stream = service.generate(..., tail=run.tail.rule())    # gathers the tail when few samples are left
+    inferred = infer_beside(run, batch, moved)              # in place of waiting for the batch
+    finish_inference(run, samples, inferred)                # the rest; nothing is computed twice
+    inferred.values["old_logprob"]
 
-Passes before training's own (old log-probs, reference) read weights that do not change while samples are generated, and
-treat every sample by itself: which samples share a chunk, and when it runs, changes nothing but the order of sums.
+Passes before training's own (old log-probs, reference, values, the reward model's) read weights that do not change
+while samples are generated, and treat every sample by itself: which samples share a chunk, and when it runs, changes
+nothing but the order of sums.
 
 When they run:
 
 - Trainer ranks with devices of their own: whenever enough finished samples are there for a chunk.
 - Colocated: once the tail is gathered, on the devices of freed engines, in blocks of ranks that make whole copies of
-  the model (``blocks``); on CPUs, where memory is shared, on all ranks. What is left runs in the trainer's turn.
+  each model (``blocks``); on CPUs, where memory is shared, on all ranks. What is left runs in the trainer's turn.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,9 +32,9 @@ from rl.config import RunConfig
 from rl.orchestration.ahead import Moved
 from rl.orchestration.arriving import chunk_tokens
 from rl.orchestration.blocks import blocks_of, free_ranks, mini_batch_on
-from rl.orchestration.experience import train_samples
+from rl.orchestration.critic import scored_sample
 from rl.orchestration.feed import Batch
-from rl.orchestration.steps import LogProbs, mode_of
+from rl.orchestration.steps import mode_of
 from rl.rollout.engine import EngineInfo
 from rl.rollout.latency import LatencyProfile
 from rl.rollout.streams import TailReport
@@ -129,61 +131,82 @@ class Tail:
         self._chooser.observe(groups, generate_seconds, cost)
 
 
+@dataclass(frozen=True)
+class Work:
+    """One pass over one chunk of samples; times in seconds of ``time.time()``.
+
+    Attributes:
+        name: of the pass.
+        share: of the trainer's ranks that took part.
+        tokens: of the samples.
+    """
+
+    name: str
+    began: float
+    ended: float
+    share: float
+    tokens: int
+
+
 @dataclass
 class Inferred:
     """What passes gave for a batch so far.
 
     Attributes:
         values: by pass, by sample id: ``[T]`` each, aligned with tokens.
-        tokens: by sample id, the tokens that these are of.
+        tokens: by pass, by sample id, the tokens that these are of.
         rows, differing: see ``RouteReport``; of old log-probs.
-        micro_batches: that passes have run, so that no key is used twice.
-        work: ``(began, ended, share of the ranks, tokens)`` of every chunk, times in seconds of ``time.time()``.
+        micro_batches: by pass, how many it has run, so that no key is used twice.
+        work: what ran when.
         report: of the tail; None: it was not gathered.
         switch_seconds: until freed devices had changed hands.
         batch_done: when the last sample had come, seconds of ``time.time()``; 0 until then.
     """
 
     values: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    tokens: dict[str, np.ndarray] = field(default_factory=dict)
+    tokens: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     rows: int = 0
     differing: int = 0
-    micro_batches: int = 0
-    work: list[tuple[float, float, float, int]] = field(default_factory=list)
+    micro_batches: dict[str, int] = field(default_factory=dict)
+    work: list[Work] = field(default_factory=list)
     report: TailReport | None = None
     switch_seconds: float = 0.0
     batch_done: float = 0.0
 
-    def has(self, sample: TrainSample) -> bool:
-        """Whether every pass has run on this very sample."""
-        known = self.tokens.get(sample.sample_id)
+    def has(self, name: str, sample: TrainSample) -> bool:
+        """Whether a pass has run on this very sample."""
+        known = self.tokens.get(name, {}).get(sample.sample_id)
         return known is not None and np.array_equal(known, sample.tokens)
+
+    @property
+    def route_metrics(self) -> dict[str, float]:
+        """How many rows the trainer's weights would have routed otherwise than rollout did, if routes were replayed."""
+        return {"moe/own_routes_differ_fraction": self.differing / self.rows} if self.rows else {}
 
     def seconds_per_token(self, devices: int) -> float:
         """Of all passes together on one of so many devices, all of which are the trainer's when nothing else runs."""
-        tokens = sum(count for *_, count in self.work)
-        return devices * sum((end - begin) * share for begin, end, share, _ in self.work) / max(1, tokens)
+        seconds, tokens = {}, {}
+        for one in self.work:
+            seconds[one.name] = seconds.get(one.name, 0.0) + (one.ended - one.began) * one.share
+            tokens[one.name] = tokens.get(one.name, 0) + one.tokens
+        return devices * sum(seconds[name] / max(1, tokens[name]) for name in seconds)
 
     def metrics(self, choice: Choice) -> dict[str, float]:
         """Of the tail, under the names of ``rl.metrics``; call it when everything has been inferred."""
-        report = self.report
-        hidden = [max(0.0, min(end, self.batch_done) - begin) for begin, end, _, _ in self.work]
-        before = sum(count for begin, _, _, count in self.work if begin < self.batch_done)
+        report, done = self.report, self.batch_done
+        before = sum(one.tokens for one in self.work if one.began < done)
         found = {
             "fuse/tail/threshold": float(choice.threshold),
             "fuse/tail/migrated_samples": float(report.moved if report else 0),
             "fuse/tail/kept_tokens": float(report.kept_tokens if report else 0),
             "fuse/tail/freed_engines": float(len(report.freed) if report else 0),
-            "fuse/tail/seconds": max(0.0, self.batch_done - report.began) if report else 0.0,
-            "fuse/tail/hidden_seconds": sum(hidden),
-            "fuse/tail/hidden_fraction": before / max(1, sum(count for *_, count in self.work)),
+            "fuse/tail/seconds": max(0.0, done - report.began) if report else 0.0,
+            "fuse/tail/hidden_seconds": sum(max(0.0, min(one.ended, done) - one.began) for one in self.work),
+            "fuse/tail/hidden_fraction": before / max(1, sum(one.tokens for one in self.work)),
         }
         if choice.predicted_seconds is not None and choice.plain_seconds is not None:
             found["fuse/tail/predicted_saving_seconds"] = choice.plain_seconds - choice.predicted_seconds
         return found
-
-
-RunPass = Callable[["Run", MiniBatch, int, "Sequence[int] | None"], tuple[Mapping[str, np.ndarray], RouteReport]]
 
 
 @dataclass(frozen=True)
@@ -192,25 +215,35 @@ class InferencePass:
 
     Attributes:
         name: of the phase, and of its results in ``Inferred.values``.
-        run: the pass over a mini-batch, its first micro-batch's number, the ranks that take part (None: all).
+        model: that runs, one of ``rl.training.spec.MODELS``.
+        run: the pass over a mini-batch; the number of its first micro-batch; the ranks that take part, None: all.
+        given: what the model is given of a sample.
     """
 
     name: str
-    run: RunPass
+    model: str
+    run: Callable[[MiniBatch, int, Sequence[int] | None], tuple[Mapping[str, np.ndarray], RouteReport]]
+    given: Callable[[Sample], TrainSample] = TrainSample.from_sample
 
 
 def inference_passes(run: Run) -> list[InferencePass]:
     """The passes of an iteration before training's own, in order."""
-    algorithm, found = run.config.algorithm, []
-    if algorithm.old_logprobs == "recompute":
-        found.append(InferencePass("old_logprob", partial(_logprobs, "actor", algorithm.routes.old_logprob)))
-    if run.config.keeps_reference:
-        found.append(InferencePass("reference", partial(_logprobs, "reference", algorithm.routes.reference)))
+    config, found = run.config, []
+    if config.algorithm.old_logprobs == "recompute":
+        routes = config.algorithm.routes.old_logprob
+        found.append(InferencePass("old_logprob", "actor", partial(_logprobs, run, "actor", routes)))
+    if config.keeps_reference:
+        routes = config.algorithm.routes.reference
+        found.append(InferencePass("reference", "reference", partial(_logprobs, run, "reference", routes)))
+    if config.critic is not None:
+        found.append(InferencePass("values", "critic", partial(_values, run, "critic")))
+    if config.reward.model is not None:
+        found.append(InferencePass("reward_model", "scorer", partial(_values, run, "scorer"), scored_sample))
     return found
 
 
 def _logprobs(
-    model: str, routes: str, run: Run, batch: MiniBatch, first: int, ranks: Sequence[int] | None
+    run: Run, model: str, routes: str, batch: MiniBatch, first: int, ranks: Sequence[int] | None
 ) -> tuple[Mapping[str, np.ndarray], RouteReport]:
     return run.trainer.logprobs(
         batch,
@@ -221,6 +254,12 @@ def _logprobs(
         first_micro_batch=first,
         ranks=ranks,
     )
+
+
+def _values(
+    run: Run, model: str, batch: MiniBatch, first: int, ranks: Sequence[int] | None
+) -> tuple[Mapping[str, np.ndarray], RouteReport]:
+    return run.trainer.values(batch, model=model, first_micro_batch=first, ranks=ranks), RouteReport()
 
 
 def infer_beside(run: Run, batch: Batch, moved: Callable[[], Moved]) -> Inferred:
@@ -239,65 +278,80 @@ def infer_beside(run: Run, batch: Batch, moved: Callable[[], Moved]) -> Inferred
     """
     found, wanted = Inferred(), run.config.fuse.tail.chunk_tokens or chunk_tokens(run)
     deadline = time.monotonic() + batch.limit_s
-    ranks: Sequence[int] | None = () if run.config.stream.colocated else None
+    passes = inference_passes(run)
+    ranks: dict[str, Sequence[int] | None] = dict.fromkeys((one.model for one in passes), None)
+    if run.config.stream.colocated:
+        ranks = dict.fromkeys(ranks, ())
     while not batch.complete:
         with run.phase("generate"):
             batch.wait_a_little(_POLL_S, deadline)
         if batch.stream.tail is not None and found.report is None:
             found.report = batch.stream.tail
-            ranks = _take_devices(run, found)
-        ready = [sample for sample in train_samples(batch.finished()) if not found.has(sample)]
-        enough = sum(len(sample.tokens) for sample in ready) >= wanted
-        if ready and enough and ranks != () and not batch.complete:
+            ranks = _take_devices(run, found, ranks)
+        for one in passes:
+            ready = [] if ranks[one.model] == () else _missing(one, batch.finished(), found)
+            if batch.complete or sum(len(sample.tokens) for sample in ready) < wanted:
+                continue
             moved()
-            _infer(run, ready, found, ranks)
+            _infer(run, one, ready, found, ranks[one.model])
     found.batch_done = batch.completed
     return found
 
 
-def _take_devices(run: Run, found: Inferred) -> Sequence[int] | None:
-    """Colocated: freed engines sleep, and trainer ranks whose blocks are free come back. Returns the ranks to use."""
+def finish_inference(run: Run, samples: Sequence[Sample], found: Inferred) -> None:
+    """The passes over those samples that they have not run on; all ranks are there."""
+    for one in inference_passes(run):
+        rest = _missing(one, samples, found)
+        if rest:
+            _infer(run, one, rest, found, None)
+
+
+def _missing(one: InferencePass, samples: Sequence[Sample], found: Inferred) -> list[TrainSample]:
+    given = [one.given(sample) for sample in samples if len(sample.response_tokens)]
+    return [sample for sample in given if not found.has(one.name, sample)]
+
+
+def _take_devices(
+    run: Run, found: Inferred, ranks: Mapping[str, Sequence[int] | None]
+) -> dict[str, Sequence[int] | None]:
+    """Colocated: freed engines sleep, and trainer ranks whose blocks are free come back.
+
+    Returns:
+        by model the ranks that run it: its own blocks, since models may have layouts of their own.
+    """
     assert found.report is not None
     if not run.config.stream.colocated:
-        return None
-    on_gpus = run.config.rollout.device == "cuda"
-    layout, freed = run.packing.layout, found.report.freed
-    ranks = free_ranks(layout, freed) if on_gpus else tuple(range(layout.world))
-    if not ranks or not freed:
-        return ()
-    began = time.perf_counter()
-    with run.phase("offload"):
-        run.pool.sleep(keep_weights=False, engines=ranks if on_gpus else freed)
-        run.trainer.onload(("weights",), ranks)
-    found.switch_seconds = time.perf_counter() - began
-    return ranks
+        return dict(ranks)
+    on_gpus, freed = run.config.rollout.device == "cuda", found.report.freed
+    if not on_gpus:
+        freed_ranks = range(run.packing.layout.world) if freed else ()
+    else:
+        freed_ranks = freed
+    taken = {model: free_ranks(run.packing_of(model).layout, freed_ranks) for model in ranks}
+    every = sorted({rank for some in taken.values() for rank in some})
+    if every:
+        began = time.perf_counter()
+        with run.phase("offload"):
+            run.pool.sleep(keep_weights=False, engines=every if on_gpus else freed)
+            run.trainer.onload(("weights",), every)
+        found.switch_seconds = time.perf_counter() - began
+    return dict(taken)
 
 
-def _infer(run: Run, samples: Sequence[TrainSample], found: Inferred, ranks: Sequence[int] | None) -> None:
-    """All passes over some samples."""
-    layout = run.packing.layout
-    batch = mini_batch_on(run.packing, samples, range(layout.world) if ranks is None else ranks)
-    began = time.time()
-    for each in inference_passes(run):
-        with run.phase(each.name):
-            values, report = each.run(run, batch, found.micro_batches, ranks)
-        found.values.setdefault(each.name, {}).update(values)
-        if each.name == "old_logprob":
-            found.rows, found.differing = found.rows + report.rows, found.differing + report.differing
-    found.micro_batches += max(len(micro_batches) for micro_batches in batch.layout.micro_batches)
-    found.tokens |= {sample.sample_id: sample.tokens for sample in samples}
-    share = 1.0 if ranks is None else len(ranks) / layout.world
-    found.work.append((began, time.time(), share, sum(len(sample.tokens) for sample in samples)))
-
-
-def finish_inference(
-    run: Run, samples: Sequence[TrainSample], found: Inferred
-) -> tuple[LogProbs | None, LogProbs | None, dict[str, float]]:
-    """The passes over the samples that they have not run on; all ranks are there. Results as ``old_and_reference``."""
-    rest = [sample for sample in samples if not found.has(sample)]
-    if rest:
-        _infer(run, rest, found, None)
-    metrics: dict[str, Any] = {}
-    if found.rows:
-        metrics["moe/own_routes_differ_fraction"] = found.differing / found.rows
-    return found.values.get("old_logprob"), found.values.get("reference"), metrics
+def _infer(
+    run: Run, one: InferencePass, samples: Sequence[TrainSample], found: Inferred, ranks: Sequence[int] | None
+) -> None:
+    """A pass over some samples."""
+    packing = run.packing_of(one.model)
+    world = packing.layout.world
+    batch = mini_batch_on(packing, samples, range(world) if ranks is None else ranks)
+    first, began = found.micro_batches.get(one.name, 0), time.time()
+    with run.phase(one.name):
+        values, report = one.run(batch, first, ranks)
+    found.values.setdefault(one.name, {}).update(values)
+    found.tokens.setdefault(one.name, {}).update({sample.sample_id: sample.tokens for sample in samples})
+    if one.name == "old_logprob":
+        found.rows, found.differing = found.rows + report.rows, found.differing + report.differing
+    found.micro_batches[one.name] = first + max(len(some) for some in batch.layout.micro_batches)
+    share = 1.0 if ranks is None else len(ranks) / world
+    found.work.append(Work(one.name, began, time.time(), share, sum(len(sample.tokens) for sample in samples)))

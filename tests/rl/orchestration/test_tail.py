@@ -15,7 +15,7 @@ from rl.models import tiny
 from rl.models.architecture import read_architecture
 from rl.orchestration.blocks import blocks_of, mini_batch_on
 from rl.orchestration.experience import Packing
-from rl.orchestration.tail import Inferred
+from rl.orchestration.tail import Inferred, Work
 from rl.rollout.streams import TailReport
 from rl.simulation.threshold import Choice
 from rl.timeline import read_timeline
@@ -73,16 +73,22 @@ def test_chunks_and_blocks_give_the_same_numbers(ranks: Any, directory: str, lay
 
 
 def test_what_is_known_of_other_tokens_does_not_count() -> None:
-    found = Inferred(tokens={"a": np.arange(5)})
+    found = Inferred(tokens={"values": {"a": np.arange(5)}})
     mask = np.ones(5, bool)
-    assert found.has(TrainSample("a", np.arange(5), mask))
-    assert not found.has(TrainSample("a", np.arange(5) + 1, mask))
-    assert not found.has(TrainSample("b", np.arange(5), mask))
+    assert found.has("values", TrainSample("a", np.arange(5), mask))
+    assert not found.has("reference", TrainSample("a", np.arange(5), mask))
+    assert not found.has("values", TrainSample("a", np.arange(5) + 1, mask))
+    assert not found.has("values", TrainSample("b", np.arange(5), mask))
 
 
 def test_metrics_count_what_was_hidden() -> None:
     report = TailReport(began=90.0, gathered=91.0, unfinished=4, kept=(0,), freed=(1, 2), moved=3, kept_tokens=70)
-    found = Inferred(work=[(92.0, 96.0, 0.5, 30), (98.0, 103.0, 0.5, 10), (104.0, 106.0, 1.0, 60)], report=report)
+    work = [
+        Work("old_logprob", 92.0, 96.0, 0.5, 30),
+        Work("reference", 98.0, 103.0, 0.5, 10),
+        Work("old_logprob", 104.0, 106.0, 1.0, 60),
+    ]
+    found = Inferred(work=work, report=report)
     found.batch_done = 100.0
     metrics = found.metrics(Choice(4, False, "", 8.0, 10.0))
     assert metrics == {
@@ -96,7 +102,7 @@ def test_metrics_count_what_was_hidden() -> None:
         "fuse/tail/predicted_saving_seconds": 2.0,
     }
     assert set(metrics) <= set(METRICS)
-    assert found.seconds_per_token(4) == pytest.approx(4 * (4 * 0.5 + 5 * 0.5 + 2 * 1.0) / 100)
+    assert found.seconds_per_token(4) == pytest.approx(4 * ((4 * 0.5 + 2 * 1.0) / 90 + 5 * 0.5 / 10))
 
 
 def run(directory: Path, **changes: Any) -> list[dict[str, float]]:
@@ -109,6 +115,7 @@ def run(directory: Path, **changes: Any) -> list[dict[str, float]]:
         "rollout__engines": 2,
         "trainer__optimizer": {"lr": 1e-4},
         "algorithm__kl": {"coef": 0.01},
+        "algorithm__entropy_coef": 0.1,  # rewards are all alike: a gradient nevertheless
         "evaluation__at_start": False,
         "evaluation__at_end": False,
         "checkpoint__every": 0,
@@ -128,6 +135,7 @@ def test_beside_generation_the_same_numbers(tmp_path: Path) -> None:
     for mine, theirs in zip(found, plain, strict=True):
         for name in ("train/loss", "train/grad_norm", "train/kl", "rollout/reward/mean"):
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-5), name
+        assert mine["train/grad_norm"] > 0.01
         assert mine["fuse/tail/migrated_samples"] == 0
     assert sum(m["fuse/tail/hidden_fraction"] for m in found) > 0.2
     (reason,) = {line["extra"]["tail"]["reason"] for line in ledger_lines(tmp_path / "tail" / "run")}
