@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rl.algorithms.advantages import (
     ADVANTAGES,
@@ -78,5 +82,110 @@ def test_refusals_name_the_samples():
     batch = AdvantageInput(torch.zeros(1), torch.zeros(1), torch.ones(1), token_rewards=torch.zeros(1))
     with pytest.raises(ValueError, match="would be ignored"):
         ADVANTAGES["grpo"](batch, AdvantageConfig())
-    with pytest.raises(ValueError, match="choose one of grpo, zero"):
+    with pytest.raises(ValueError, match="choose one of gae, grpo, zero"):
         get_advantage_fn("grop")
+
+
+# ------------------------------------------------------------------ GAE
+
+
+def gae_by_the_definition(rewards, token_rewards, values, lengths, learnt, gamma, lam):
+    """Advantages and returns, token by token: the sum of discounted temporal differences to the last learnt token."""
+    advantages, returns, start = [], [], 0
+    for reward, length, last in zip(rewards, lengths, learnt, strict=True):
+        mine, value = token_rewards[start : start + length], values[start : start + length]
+        for t in range(length):
+            total = 0.0
+            for k in range(t, last):
+                r = mine[k] + (reward if k == last - 1 else 0.0)
+                following = value[k + 1] if k + 1 < last else 0.0
+                total += (gamma * lam) ** (k - t) * (r + gamma * following - value[k])
+            advantages.append(total if t < last else 0.0)
+            returns.append(total + value[t] if t < last else 0.0)
+        start += length
+    return advantages, returns
+
+
+@st.composite
+def gae_cases(draw):
+    numbers = st.floats(-5, 5, allow_nan=False, width=32)
+    lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+    learnt = [draw(st.one_of(st.just(length), st.integers(0, length))) for length in lengths]
+    tokens = sum(lengths)
+    fixed = {"min_size": tokens, "max_size": tokens}
+    return (
+        draw(st.lists(numbers, min_size=len(lengths), max_size=len(lengths))),
+        draw(st.lists(numbers, **fixed)),
+        draw(st.lists(numbers, **fixed)),
+        lengths,
+        learnt,
+        draw(st.sampled_from([0.0, 0.5, 0.99, 1.0])),
+        draw(st.sampled_from([0.0, 0.9, 1.0])),
+    )
+
+
+def gae_input(rewards, token_rewards, values, lengths, learnt):
+    return AdvantageInput(
+        rewards=torch.tensor(rewards, dtype=torch.float64),
+        group_ids=torch.zeros(len(rewards), dtype=torch.int64),
+        lengths=torch.tensor(lengths, dtype=torch.int64),
+        values=torch.tensor(values, dtype=torch.float64),
+        token_rewards=None if token_rewards is None else torch.tensor(token_rewards, dtype=torch.float64),
+        learnt=None if learnt is None else torch.tensor(learnt),
+    )
+
+
+@settings(deadline=None, max_examples=200)
+@given(gae_cases())
+def test_gae_is_its_definition(case):
+    *what, gamma, lam = case
+    result = get_advantage_fn("gae")(gae_input(*what), AdvantageConfig(gamma=gamma, lam=lam, whiten=False))
+    advantages, returns = gae_by_the_definition(*case)
+    torch.testing.assert_close(result.advantages, torch.tensor(advantages), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(result.returns, torch.tensor(returns), atol=1e-4, rtol=1e-5)
+
+
+def test_gae_by_hand():
+    # One sample of 3 tokens, reward 1, values 0.5 each, gamma 1, lambda 0.5:
+    # deltas 0, 0, 0.5; advantages 0.125, 0.25, 0.5.
+    batch = gae_input([1.0], None, [0.5, 0.5, 0.5], [3], None)
+    result = get_advantage_fn("gae")(batch, AdvantageConfig(gamma=1.0, lam=0.5, whiten=False))
+    torch.testing.assert_close(result.advantages, torch.tensor([0.125, 0.25, 0.5]))
+    torch.testing.assert_close(result.returns, torch.tensor([0.625, 0.75, 1.0]))
+
+
+def test_gae_whitens_advantages_over_learnt_tokens_and_leaves_returns():
+    batch = gae_input([1.0, -2.0], None, [0.1, 0.2, 0.3, 0.4, 0.5], [2, 3], [2, 2])
+    plain = get_advantage_fn("gae")(batch, AdvantageConfig(whiten=False))
+    white = get_advantage_fn("gae")(batch, AdvantageConfig(whiten=True))
+    learnt = white.advantages[:4]
+    assert learnt.mean().item() == pytest.approx(0, abs=1e-6)
+    assert learnt.std().item() == pytest.approx(1, abs=1e-5)
+    assert white.advantages[4] == 0
+    torch.testing.assert_close(white.returns, plain.returns)
+    assert white.metrics["advantage_std"] == pytest.approx(plain.advantages[:4].std().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("rewards", "lengths"), [([2.0], [1]), ([1.0, 1.0], [1, 1]), ([], [])])
+def test_gae_of_tokens_that_do_not_vary(rewards, lengths):
+    batch = gae_input(rewards, None, [0.0] * sum(lengths), lengths, None)
+    result = get_advantage_fn("gae")(batch, AdvantageConfig(whiten=True))
+    assert result.advantages.abs().sum() == 0
+    assert result.returns.tolist() == rewards
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        ({"values": None}, {}, "run the critic's pass first"),
+        ({"values": torch.zeros(3)}, {}, r"expected values \[2\]"),
+        ({"values": torch.tensor([0.0, torch.nan])}, {}, "expected finite values"),
+        ({"token_rewards": torch.zeros(1)}, {}, r"expected token_rewards \[2\]"),
+        ({"learnt": torch.tensor([3])}, {}, "expected learnt tokens between"),
+        ({}, {"gamma": 1.5}, r"expected gamma in \[0, 1\]"),
+    ],
+)
+def test_gae_refuses_what_does_not_fit(change, config, message):
+    batch = dataclasses.replace(gae_input([1.0], None, [0.0, 0.0], [2], None), **change)
+    with pytest.raises(ValueError, match=message):
+        get_advantage_fn("gae")(batch, AdvantageConfig(**config))
