@@ -57,6 +57,7 @@ METRICS = BALANCE_METRICS | {
     "stream/staleness/max": "The oldest token's; at most stream.staleness.",
     "stream/mixed_versions_fraction": "Fraction of samples with tokens of more than one weight version.",
     "stream/engine_idle_fraction": "Fraction of the iteration in which an engine held no sample, mean over engines.",
+    "stream/engine_slowdown": "Time of engines' steps over what stream.latency_profile says of them.",
     "stream/trainer_idle_fraction": "Fraction of the iteration in which trainer ranks had nothing to do.",
     "stream/chunks": "Chunks in which the iteration's samples were trained on, with stream.pipelining.",
     "stream/transfer_fallbacks": "Updates of engines so far that took the object store in place of a direct transfer.",

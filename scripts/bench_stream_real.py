@@ -2,7 +2,8 @@
 """How much overlapping generation and training saves, in real runs: vLLM, Megatron, Ray, one after another.
 
     python scripts/bench_stream_real.py [--modes sync streaming one-step colocated] [--steps 12]
-        [--json benchmarks/results/stream-real-cpu.json] [--rows rows.json]
+        [--json benchmarks/results/stream-real-cpu.json]
+        [--rows rows.json --profile benchmarks/data/latency-tiny-cpu.json]
     python scripts/bench_stream_real.py --gpus 2 --json FILE     # half of the GPUs generate, half train; colocated: all
 
 Each mode is a run of its own of ``ultraep-rl train`` with the same prompts, seeds and number of samples. Response
@@ -103,6 +104,8 @@ def configuration(mode: str, arguments: argparse.Namespace, directory: Path) -> 
     config["evaluation"] = {"at_start": False, "at_end": False, "prompts": 256}
     config["checkpoint"] = {"every": 0}
     config["logging"] = {"wandb": "off", "tensorboard": False}
+    if arguments.profile:
+        config["stream"]["latency_profile"] = str(arguments.profile.absolute())
     if arguments.gpus:
         half = arguments.gpus if mode == "colocated" else arguments.gpus // 2
         config["model"] = {
@@ -209,6 +212,8 @@ def simulator_row(row: Row, arguments: argparse.Namespace, directory: Path) -> d
         "transfer_seconds": statistics.median(
             m["perf/time/weight_update"] if mode != "async" else m["perf/time/export"] for m in every[SKIPPED:]
         ),
+        # The profile was measured with the machine to itself; here the trainer, the driver and Ray share its cores.
+        "slowdown": statistics.median(m.get("stream/engine_slowdown", 1.0) for m in every[SKIPPED:]),
         "update_seconds": _update_seconds(directory / row.mode / "timeline.json"),
         "steps": steps,
     }
@@ -271,6 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds for each run")
     parser.add_argument("--keep", type=Path, help="directory for the runs")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--profile", type=Path, help="latency profile; engines' steps are compared with it, for --rows")
     parser.add_argument("--rows", type=Path, help="write rows for scripts/bench_stream.py --real")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:

@@ -36,6 +36,7 @@ from rl.progress import Progress
 from rl.rewards.loading import load_reward
 from rl.rewards.runner import RewardRunner
 from rl.rollout.config import Sampling
+from rl.rollout.latency import LatencyProfile
 from rl.rollout.pool import EnginePool
 from rl.rollout.service import GenerationService
 from rl.rollout.streams import GroupStream
@@ -117,6 +118,7 @@ class Run:
     memory_gib: dict[str, float] = field(default_factory=dict)
     transfer_seconds: float = 0.0
     _feed: Feed | None = None
+    _profile: LatencyProfile | None = None
 
     @property
     def directory(self) -> Path:
@@ -285,6 +287,20 @@ class Run:
     def _note_memory(self, turn: str) -> None:
         used = max(report.device_used for report in self.trainer.memory()) / 2**30
         self.memory_gib[turn] = max(used, self.memory_gib.get(turn, 0.0))
+
+    def engine_slowdown(self) -> dict[str, float]:
+        """How much longer steps of engines take than ``stream.latency_profile`` says; nothing without a profile, or
+        while an engine comes or goes."""
+        if self._profile is None and self.config.stream.latency_profile is not None:
+            self._profile = LatencyProfile.load(self.config.stream.latency_profile)
+        if self._profile is None:
+            return {}
+        try:
+            slowdown = self._profile.slowdown(self.pool.step_times(self.service.engines).values())
+        except (RuntimeError, TimeoutError) as error:
+            logger.info("no step times of engines this time: %s", error)
+            return {}
+        return {} if slowdown is None else {"stream/engine_slowdown": slowdown}
 
     def check_updates(self) -> None:
         """Raise what the last update met, if it has ended."""

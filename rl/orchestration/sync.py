@@ -172,6 +172,7 @@ def one_step(state: Run) -> None:
         **{f"perf/memory_gib/{turn}": value for turn, value in state.memory_gib.items()},
         "perf/time/transfer": state.transfer_seconds,
         "stream/transfer_fallbacks": float(state.transfer.engines.fallbacks),
+        **state.engine_slowdown(),
     }
     record(state, batch.prompts, usable, trained, metrics)
     state.whole = True

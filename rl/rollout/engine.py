@@ -250,6 +250,16 @@ class RolloutEngine:
         """Response tokens so far of every running sample."""
         return await self._wait(self._live().progress(), self.config.update_timeout_s, "the progress of its samples")
 
+    async def step_times(self) -> dict[int, tuple[int, float]]:
+        """See ``EngineThread.step_times``; by samples that ran in the step, at most ``max_num_seqs``."""
+        found: dict[int, tuple[int, float]] = {}
+        taken = await self._wait(self._live().step_times(), self.config.update_timeout_s, "the times of its steps")
+        for running, (steps, seconds) in taken.items():
+            seats = min(running, self.config.max_num_seqs)
+            before = found.get(seats, (0, 0.0))
+            found[seats] = before[0] + steps, before[1] + seconds
+        return found
+
     async def unfinished(self, sample_ids: Sequence[str]) -> dict[str, int]:
         """Response tokens so far of those of its samples that have not ended, queued ones included."""
         running = await self.progress()

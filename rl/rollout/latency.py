@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -79,6 +79,19 @@ class LatencyProfile:
             slope = (smooth[-1] - smooth[-2]) / (last - self.running[-2])
             return float(smooth[-1] + slope * (running - last))
         return float(self._curve(max(running, self.running[0])))
+
+    def slowdown(self, steps: Iterable[Mapping[int, tuple[int, float]]]) -> float | None:
+        """Measured time of engine steps over what the profile says; None without steps.
+
+        Args:
+            steps: of each engine, see ``RolloutEngine.step_times``.
+        """
+        measured = expected = 0.0
+        for engine in steps:
+            for running, (count, seconds) in engine.items():
+                measured += seconds
+                expected += count * self(running)
+        return measured / expected if expected else None
 
     def table(self, most: int) -> np.ndarray:
         """float64 ``[most + 1]``: seconds of a step by running samples; entry 0 is 0."""

@@ -36,6 +36,7 @@ from rl.types import Prompt, Sample
 
 __all__ = ["EngineDied", "EnginePool"]
 
+_STEP_TIMES_S = 5.0  # a metric is not worth waiting for
 _CALLS_PER_ENGINE = 1024  # concurrent calls that an actor takes; the engine itself queues what it has no seat for
 
 
@@ -240,6 +241,15 @@ class EnginePool:
         samples, rows = call_apart(method, len(sample_ids), list(sample_ids))
         what = "samples that have ended"
         return _future(samples, index, what, lambda value: [s for s in with_rows(value, rows) if isinstance(s, Sample)])
+
+    def step_times(self, indices: Sequence[int]) -> dict[int, dict[int, tuple[int, float]]]:
+        """By engine: how many steps, and their seconds in all, by samples that ran; since the last call.
+
+        Raises:
+            EngineDied, EngineTimeout, RuntimeError: an engine is gone, or not up.
+        """
+        calls = {index: self._handle(index).step_times.remote() for index in indices}
+        return self._all(calls, _STEP_TIMES_S, "the times of its steps")
 
     def update_on(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ class EngineThread:
         self._commands: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._requests: dict[str, Request] = {}
         self._engine: Any = None
+        self._steps: dict[int, tuple[int, float]] = {}
+        self._step_began: tuple[int, float] | None = None
         # A daemon: an engine that hangs must not keep the process alive.
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
@@ -115,9 +118,23 @@ class EngineThread:
             lambda engine: {n: compat.tokens_so_far(engine, r.internal_id) for n, r in self._requests.items()}
         )
 
+    def step_times(self) -> Future[dict[int, tuple[int, float]]]:
+        """By requests that ran, queued ones included: how many steps, and their seconds in all; since the last call.
+
+        A step's time is that from its start to the start of the next, so it holds whatever comes between two steps,
+        except new weights.
+        """
+
+        def take(engine: Any) -> dict[int, tuple[int, float]]:
+            taken, self._steps = self._steps, {}
+            return taken
+
+        return self.call(take)
+
     def start_version(self, engine: Any, version: int) -> None:
         """From here on tokens count as sampled with ``version``; to be called between steps, on the thread."""
         self.version = version
+        self._step_began = None
         for request in self._requests.values():
             start = compat.tokens_so_far(engine, request.internal_id)
             if request.spans[-1][0] == start:  # no token was sampled with the version before
@@ -144,6 +161,7 @@ class EngineThread:
         self.ready.set_result(None)
         try:
             while self._run_commands():
+                self._note_step()
                 if self._requests:
                     self._engine.step()
                     self._forget_finished()
@@ -154,9 +172,20 @@ class EngineThread:
             engine, self._engine = self._engine, None
             compat.shut_down(engine)
 
+    def _note_step(self) -> None:
+        """The last step ends where the next begins; an engine without requests has none."""
+        now, before = time.perf_counter(), self._step_began
+        self._step_began = (len(self._requests), now) if self._requests else None
+        if before is not None:
+            running, began = before
+            steps, seconds = self._steps.get(running, (0, 0.0))
+            self._steps[running] = steps + 1, seconds + now - began
+
     def _run_commands(self) -> bool:
         """Run all commands that wait, and wait for one when there is nothing to step; False: stop."""
         while True:
+            if not self._requests:
+                self._note_step()
             try:
                 command = self._commands.get(block=not self._requests)
             except queue.Empty:

@@ -58,3 +58,9 @@ def test_faults(running, seconds, fault) -> None:
 def test_no_step_without_samples() -> None:
     with pytest.raises(ValueError, match="at least one running"):
         LatencyProfile((1, 2), (0.1, 0.2))(0)
+
+
+def test_slowdown_is_measured_over_expected() -> None:
+    profile = LatencyProfile((1, 10), (0.1, 0.2))
+    assert profile.slowdown([{1: (2, 0.4)}, {10: (3, 0.6)}]) == pytest.approx(1.0 / 0.8)
+    assert profile.slowdown([{}, {}]) is None

@@ -98,6 +98,21 @@ def test_version_spans_grow_under_running_requests(counting) -> None:
     assert request.spans == [(0, 7), (at, 9)]
 
 
+def test_step_times_are_counted_by_requests_that_ran(counting) -> None:
+    engine, thread = counting
+    engine.gate.clear()
+    requests = [thread.submit(str(n), [1], n) for n in (3, 5)]
+    engine.gate.set()
+    for request in requests:
+        request.result(10).output.result(10)
+    times = thread.step_times().result(10)
+    # The second may come a step after the first.
+    assert sum(steps for steps, _ in times.values()) in (5, 6)
+    assert times[2][0] in (2, 3)
+    assert all(0 < seconds < 10 for _, seconds in times.values())
+    assert thread.step_times().result(10) == {}
+
+
 def test_failure_reaches_everyone_who_waits(counting) -> None:
     engine, thread = counting
     engine.gate.clear()
