@@ -13,6 +13,7 @@ from rl.training.passes import PassSettings
 from rl.training.worker import OptimizerSpec, PolicyObjective
 from tests.ranks import RankError
 from tests.rl.training.common import LOSS, make_layout, make_samples, make_worker, worst
+from tests.rl.training.critics import POLICY, VALUES, critic_samples, critic_worker, part_of
 
 OPTIMIZER = OptimizerSpec(lr=1e-3, warmup_steps=1, schedule="cosine", decay_steps=10, weight_decay=0.1)
 
@@ -99,3 +100,46 @@ def test_distributed_and_plain_optimizer_agree(ranks, directory):
     one, _ = merged(ranks(2).run(train, directory, {"ep": 2}, range(3), distributed=True))
     other, _ = merged(ranks(2).run(train, directory, {"ep": 2}, range(3), distributed=False))
     assert worst(one, other) <= 1e-4
+
+
+def train_both(directory, layout, critic, steps, *, save=None, load=None):
+    """Weights of actor and critic in logical order after the given steps; ``critic`` None: there is none."""
+    worker = critic_worker(directory, layout, critic) if critic is not None else make_worker(directory, layout)
+    if load:
+        checkpoint.load(worker, load)
+    lrs = []
+    for step in steps:
+        samples = critic_samples(worker.actor.arch, seed=step)
+        for model, objective in (("critic", VALUES), ("actor", POLICY)):
+            if model in worker.trained:
+                result = worker.train(part_of(worker, model, samples), step, objective, model=model)
+                lrs.append(result.lr)
+        if save and step == save[0]:
+            checkpoint.save(worker, save[1])
+    weights = {}
+    for name, trained in worker.trained.items():
+        weights |= {f"{name} {n}": t.numpy().copy() for n, t in export_weights(trained.model)}
+    return weights, lrs
+
+
+@pytest.mark.parametrize("then", [(2, {"ep": 2}, {"pp": 2}), (4, {"ep": 2}, {"tp": 2, "pp": 2, "etp": 2})], ids=str)
+def test_a_critic_resumes_with_its_actor(ranks, directory, tmp_path, then):
+    first = (2, {"ep": 2}, {"pp": 2})
+    whole, lrs = merged(ranks(2).run(train_both, directory, *first[1:], range(3)))
+    ranks(2).run(train_both, directory, *first[1:], range(2), save=(1, str(tmp_path)))
+    resumed, later = merged(ranks(then[0]).run(train_both, directory, *then[1:], range(2, 3), load=str(tmp_path)))
+    assert "critic score.weight" in resumed
+    assert later == lrs[4:]
+    assert worst(resumed, whole) <= (0 if first == then else 1e-3)
+
+
+def test_checkpoints_with_and_without_a_critic_are_told_apart(ranks, directory, tmp_path):
+    with_critic, without = tmp_path / "with", tmp_path / "without"
+    with_critic.mkdir()
+    without.mkdir()
+    ranks(1).run(train_both, directory, {}, {}, range(1), save=(0, str(with_critic)))
+    ranks(1).run(train_both, directory, {}, None, range(1), save=(0, str(without)))
+    with pytest.raises(RankError, match="holds no critic, and this run trains one"):
+        ranks(1).run(train_both, directory, {}, {}, range(1), load=str(without))
+    with pytest.raises(RankError, match="holds a critic, and this run has none"):
+        ranks(1).run(train_both, directory, {}, None, range(1), load=str(with_critic))

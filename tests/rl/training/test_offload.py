@@ -12,6 +12,7 @@ from rl.training.offload import PARTS, Offloaded, OffloadReport, merge_reports
 from rl.training.passes import PassSettings
 from rl.training.worker import OptimizerSpec
 from tests.rl.training.common import LOSS, make_layout, make_samples, make_worker, worst
+from tests.rl.training.critics import POLICY, VALUES, critic_samples, critic_worker, part_of
 from tests.rl.training.planning import BALANCE
 from tests.rl.training.streaming import chunks_of, objective_of
 
@@ -179,3 +180,33 @@ def unknown(directory):
 def test_reports_of_ranks_add_up():
     merged = merge_reports([OffloadReport({"weights": 3}, 0.5), OffloadReport({"weights": 4}, 0.25)])
     assert merged == OffloadReport({"weights": 7}, 0.5)
+
+
+def train_both(directory, away):
+    """Steps of actor and critic, with everything offloaded in between or not: losses, values, and what is held."""
+    worker = critic_worker(directory, {"ep": 2}, {"pp": 2})
+    samples = critic_samples(worker.actor.arch)
+    found, held = [], worker.offloader.memory().torch_allocated
+    for step in range(2):
+        for model, objective in (("critic", VALUES), ("actor", POLICY)):
+            result = worker.train(part_of(worker, model, samples), step, objective, model=model)
+            found.append((result.loss, result.grad_norm, result.sums))
+        if away:
+            worker.offload()
+            assert worker.offloader.memory().torch_allocated == 0
+            with pytest.raises(Offloaded, match="values: needs the trainer's weights"):
+                worker.values(part_of(worker, "critic", samples), step)
+            worker.onload()
+    values = worker.values(part_of(worker, "critic", samples), 2)
+    return found, {name: v.tolist() for name, v in values.items()}, held
+
+
+def test_a_critic_is_offloaded_with_its_actor(ranks, directory):
+    plain = ranks(2).run(train_both, directory, False)
+    assert ranks(2).run(train_both, directory, True) == plain
+    without = ranks(2).run(held_by_an_actor, directory)
+    assert all(held > 1.5 * alone for (_, _, held), alone in zip(plain, without, strict=True))
+
+
+def held_by_an_actor(directory):
+    return make_worker(directory, {"ep": 2}).offloader.memory().torch_allocated
