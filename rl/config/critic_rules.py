@@ -45,9 +45,3 @@ def critic(config: RunConfig) -> Iterator[Violation]:
             "there is no reference model, because algorithm.kl.coef is 0; remove it or set the coefficient.",
             ("algorithm.kl.coef",),
         )
-    if config.fuse.tail.enabled and config.reference.parallel is not None:
-        yield Violation(
-            "reference.parallel",
-            "passes in the tail of generation run on the actor's layout; set it to null, or fuse.tail.enabled: false.",
-            ("fuse.tail.enabled",),
-        )

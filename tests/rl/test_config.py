@@ -311,11 +311,6 @@ BROKEN = [
         "keep experts whole",
     ),
     ([("reference.parallel", {})], "reference.parallel", "no reference model"),
-    (
-        [("algorithm.kl.coef", 0.1), ("reference.parallel", {}), ("fuse.tail.enabled", True)],
-        "reference.parallel",
-        "the tail",
-    ),
     ([("reward.model", {"path": "m", "parallel": {"pp": 2}})], "reward.model.parallel", "at least etp*ep*pp = 2"),
     ([("stream.pipelining", True), ("algorithm.epochs_per_batch", 2)], "algorithm.epochs_per_batch", "as they arrive"),
     ([("stream.pipelining", True), ("algorithm.mini_batches", 2)], "algorithm.old_logprobs", "rollout"),

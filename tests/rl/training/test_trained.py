@@ -155,3 +155,39 @@ def test_reference_and_critic_take_the_warm_weights_under_layouts_of_their_own(r
     assert np.array_equal(head, found["before"].pop("score.weight"))
     assert worst(found["critic"], found["actor"]) == 0
     assert worst(found["critic"], found["before"]) > 0
+
+
+def scores(directory, samples, layout):
+    """What a reward model under a layout of its own says of whole samples, beside an actor."""
+    import torch.distributed as dist
+
+    from megatron_ultraep.megatron.groups import ParallelLayout
+    from rl.orchestration.critic import scored_sample
+    from rl.training.spec import ScorerSpec
+    from tests.rl.training.common import make_worker
+
+    own = ParallelLayout(world=dist.get_world_size(), **layout)
+    worker = make_worker(directory, {"ep": 2}, scorer=ScorerSpec(directory, own))
+    batch = part_of(worker, "scorer", [scored_sample(sample) for sample in samples])
+    return {name: float(values[-1]) for name, values in worker.values(batch, 0, model="scorer").items()}
+
+
+def test_scores_are_those_of_sequence_classification(ranks, directory):
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from rl.types import Prompt, Sample
+
+    rng, samples = np.random.default_rng(5), []
+    for i, length in enumerate((9, 14, 30)):
+        tokens = rng.integers(3, 250, length).astype(np.int32)
+        prompt = Prompt(f"p{i}", i, 0, "", tokens[:4])
+        zeros = np.zeros(length - 4, np.float32)
+        samples.append(Sample(f"s{i}", prompt, tokens[4:], zeros, ((0, 1),), "stop", None, None))
+    got = {}
+    for found in ranks(2).run(scores, directory, samples, {"pp": 2}):
+        got |= found
+    model = AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = {s.sample_id: float(model(torch.from_numpy(s.tokens).long()[None]).logits) for s in samples}
+    assert got == pytest.approx(expected, abs=1e-4)
