@@ -127,6 +127,16 @@ LINE_PANELS = (
     ),
     _LinePanel("entropy", "Entropy of the policy", "nats per token", (_Line("train/entropy", "entropy"),)),
     _LinePanel(
+        "critic",
+        "Explained variance of the critic",
+        "",
+        (_Line("critic/explained_variance", "before the updates"),),
+        "1 - Var(return - value) / Var(return): 1 is perfect, 0 is a constant.",
+        limits=(None, 1.0),
+        optional=True,
+    ),
+    _LinePanel("value_loss", "Value loss", "", (_Line("critic/loss", "value loss"),), limits=(0, None), optional=True),
+    _LinePanel(
         "logprob",
         "Rollout against training log-probs",
         "mean |difference|, nats",

@@ -41,10 +41,10 @@ def accuracies(directory):
     }
 
 
-def run_smoke(directory, *overrides):
+def run_smoke(directory, *overrides, recipe="smoke"):
     return command(
         "train",
-        "recipes/smoke.yaml",
+        f"recipes/{recipe}.yaml",
         f"run.output_dir={directory}/run",
         f"model.path={directory}/model",
         "logging.wandb=off",
@@ -63,6 +63,21 @@ def test_smoke_learns(tmp_path, seed):
     assert by_step[max(by_step)] >= 0.6
     metrics = read_metrics(tmp_path / "run")
     assert max(m.get("train/rollout_logprob_abs_diff", 0.0) for m in metrics.values()) <= 1e-4
+    assert command("verify-eval", str(tmp_path / "run")).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_smoke_learns_with_a_critic(tmp_path):
+    result = run_smoke(tmp_path, recipe="smoke-ppo")
+    assert result.returncode == 0, result.stderr[-3000:]
+    by_step = accuracies(tmp_path / "run")
+    assert by_step[min(by_step)] <= 0.3
+    assert by_step[max(by_step)] >= 0.6
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics[1]["critic/explained_variance"] == 0, "the critic's head begins at zero"
+    assert metrics[15]["critic/explained_variance"] > 0.05
+    assert "train/loss" not in metrics[2], "the actor learnt while the critic warmed up"
     assert command("verify-eval", str(tmp_path / "run")).returncode == 0
 
 
