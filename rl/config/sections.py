@@ -497,5 +497,6 @@ class RunConfig(Section):
 
     @property
     def infers(self) -> bool:
-        """Whether there are passes over samples before training's own: old log-probs, reference."""
-        return self.algorithm.old_logprobs == "recompute" or self.keeps_reference
+        """Whether there are passes over samples before training's own: old log-probs, reference, values, scores."""
+        partners = self.keeps_reference or self.critic is not None or self.reward.model is not None
+        return self.algorithm.old_logprobs == "recompute" or partners

@@ -212,6 +212,7 @@ TAIL_ON_GPUS = [
     ("trainer.parallel.ep", 2),
     ("rollout.engines", 4),
     ("rollout.device", "cuda"),
+    ("allow_untested", True),
 ]
 BROKEN = [
     # (changes, path, part of the message)
@@ -346,6 +347,7 @@ BROKEN = [
         "stream.latency_profile",
         "chosen by simulation",
     ),
+    ([*TAIL_ON_GPUS, ("allow_untested", False)], "fuse.tail.enabled", "not been moved between engines on GPUs"),
     ([*TAIL_ON_GPUS, ("trainer.parallel.ep", 4)], "fuse.tail.enabled", "lcm(tp, etp*ep) * pp = 4 ranks"),
     ([*TAIL_ON_GPUS, ("balance.enabled", True)], "fuse.tail.enabled", "balancing does not know"),
     ([("data.train", {"jsonl": "a"}), ("warmup.steps", 3)], "warmup.steps", "expected 0"),
