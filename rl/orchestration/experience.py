@@ -139,7 +139,7 @@ def with_advantages(
                 train,
                 advantages=aligned[i],
                 old_logprobs=None if old is None else old[sample.sample_id],
-                ref_logprobs=None if reference is None else reference[sample.sample_id],
+                ref_logprobs=None if reference is None else reference.get(sample.sample_id),
                 values=None if values is None else values[sample.sample_id],
                 returns=None if returns is None else returns[i],
             )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rl import placement, versions
 from rl.algorithms.losses import PolicyLossConfig
 from rl.config import RunConfig, to_dict
+from rl.config.fused_training import fused_partner
 from rl.data.dataset import Cursor
 from rl.evaluation import drop_evals_after
 from rl.ledger import Ledger
@@ -28,6 +29,7 @@ from rl.orchestration.ahead import Ahead
 from rl.orchestration.elastic import Elastic
 from rl.orchestration.experience import Packing, with_length
 from rl.orchestration.feed import Feed
+from rl.orchestration.fused import FusedTraining
 from rl.orchestration.inputs import Data, check_against_model, load_data, load_tokenizer, make_model, stop_token_ids
 from rl.orchestration.ray_instance import ray_instance
 from rl.orchestration.staleness import StalenessAccountant
@@ -81,6 +83,7 @@ class Run:
         timeline: what everybody did when.
         updating: the newest weight update, until somebody waited for it.
         ahead_of_training: batches start as soon as weights allow; not before the loop begins.
+        fused: runs the actor's steps together with its partner's work; None: nothing is fused.
         tail: says when the tail of a batch is gathered, and runs passes beside it; None: nothing is.
         turn: who has the GPUs of a colocated run.
         memory_gib: most GiB in use on a GPU at the end of each one's turns (of a process, on CPU); colocated only.
@@ -136,6 +139,7 @@ class Run:
         )
 
     stop_token_ids: tuple[int, ...] = ()
+    fused: FusedTraining | None = None
 
     @property
     def policy_loss(self) -> PolicyLossConfig:
@@ -409,8 +413,12 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
             stop_token_ids=stop_token_ids(config, tokenizer),
         )
         stack.callback(run.close_feed)
+        run.fused = FusedTraining.of_run(config, arch, trainer.spec)
+        if run.fused is not None:
+            stack.enter_context(run.fused)
         engines, ranks = config.rollout.engines, config.trainer.ranks
         run.say(f"{engines} engine(s) and {ranks} trainer rank(s) up in {time.perf_counter() - started:.0f} s")
+        run.say(f"fused training: {fused_partner(config)}")
         if state is not None and newest is not None:
             run.say(f"resuming after step {state['step']} from {newest}")
             _restore(run, newest, state)

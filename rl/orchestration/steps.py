@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -122,9 +122,12 @@ def old_and_reference(
         if report.rows:
             metrics["moe/own_routes_differ_fraction"] = report.differing / report.rows
     if run.config.keeps_reference:
+        # In fused training the actor's first mini-batch waits for its own only: the others' are taken beside training.
+        fused = run.fused is not None and run.fused.partner == "reference"
+        now = [samples[i] for i in passes.batches[0]] if fused else samples
         with run.phase("reference"):
             reference, _ = run.trainer.logprobs(
-                run.packing_of("reference").mini_batch(samples),
+                run.packing_of("reference").mini_batch(now),
                 "reference",
                 "old_logprob",
                 routes=mode_of(run, algorithm.routes.reference),
@@ -161,19 +164,37 @@ def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample], 
     algorithm = run.config.algorithm
     mode = mode_of(run, algorithm.routes.train)
     objective = PolicyObjective(run.policy_loss, run.settings(with_entropy=True), mode)
-    tally = Tally()
+    tally, samples = Tally(), list(samples)
     for number, chosen in enumerate(passes.batches):
         mine = [samples[i] for i in chosen]
-        if run.config.critic is not None:
+        following = [] if number + 1 == len(passes.batches) else passes.batches[number + 1]
+        missing = [i for i in following if needs_reference(run, samples[i])]
+        fused = run.fused if not run.critic_warms_up else None
+        if run.config.critic is not None and fused is None:
             tally.add_critic(train_critic(run, mine))
         if run.critic_warms_up:
             continue
         planned = wait_for(run, partial(passes.training, number))
-        outcome = run.trainer.train(MiniBatch.make(mine, planned.layout), objective, plans=planned.plans)
+        if fused is not None and fused.partner == "critic":
+            both = fused.with_critic(run, mine, planned, objective)
+            outcome = both.learnt["actor"]
+            tally.add_critic(both.learnt["critic"])
+        elif fused is not None and missing:
+            both = fused.with_reference(run, mine, planned, objective, [samples[i] for i in missing])
+            outcome = both.learnt["actor"]
+            for i in missing:
+                samples[i] = replace(samples[i], ref_logprobs=both.logprobs["reference"][samples[i].sample_id])
+        else:
+            outcome = run.trainer.train(MiniBatch.make(mine, planned.layout), objective, plans=planned.plans)
         if mode == "replay":
             check_digests(captured, outcome.digests)
         tally.add(outcome)
     return tally.trained(run, [passes])
+
+
+def needs_reference(run: Run, sample: TrainSample) -> bool:
+    """Whether its loss needs log-probs of the reference that have not been taken yet."""
+    return run.config.keeps_reference and sample.ref_logprobs is None
 
 
 class Tally:
@@ -220,7 +241,11 @@ class Tally:
             "train/optimizer_steps": float(run.trainer.steps),
             **critic_metrics(self.of_critic),
         }
-        return Trained(metrics, len(self.outcomes), merged_for_ledger(passes))
+        ahead = merged_for_ledger(passes)
+        if run.fused is not None and (fused := run.fused.to_json()):
+            ahead["fused"] = fused
+            metrics |= run.fused.metrics()
+        return Trained(metrics, len(self.outcomes), ahead)
 
 
 def record(

@@ -197,6 +197,8 @@ def train_complete(
     state.whole = False
     given = train_samples(usable)
     passes = prepare(state, given, experts_moved, plan_old=inferred is None)
+    if state.fused is not None:
+        state.fused.begin(state, [[given[i] for i in chosen] for chosen in passes.batches])
     if inferred is None:
         old, reference, route_metrics = old_and_reference(state, given, passes)
         values = values_of(state, given)
