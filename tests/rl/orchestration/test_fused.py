@@ -1,0 +1,93 @@
+"""Which schedules fused steps run, and when they are solved anew; the search itself is tested where it lives."""
+
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+
+from megatron_ultraep.megatron.groups import ParallelLayout
+from megatron_ultraep.pipeline.baselines import concatenated
+from rl.orchestration import fused
+from rl.orchestration.fused import FusedModel, FusedSchedules
+from rl.training.fused import StageSeconds
+
+ACTOR = ParallelLayout(world=4, pp=4)
+COUNTS = {"actor": 4, "critic": 4}
+
+
+class Pool:
+    """Solves at once, and counts."""
+
+    def __init__(self, *_, **__):
+        self.solved, self.error = [], None
+
+    def submit(self, solve, problem, seconds):
+        self.solved.append(problem)
+        future = Future()
+        if self.error is None:
+            future.set_result(concatenated(problem))
+        else:
+            future.set_exception(self.error)
+        return future
+
+
+@pytest.fixture
+def schedules(monkeypatch):
+    monkeypatch.setattr(fused, "ProcessPoolExecutor", Pool)
+    models = {
+        "actor": FusedModel(ACTOR, layers=8, hidden=64),
+        "critic": FusedModel(ParallelLayout(world=4, pp=2).opposed(4), layers=4, hidden=64),
+    }
+    return FusedSchedules(models, solve_s=1.0, drift=0.2, timeout_s=5.0)
+
+
+def test_the_first_problem_goes_by_sizes(schedules):
+    actor, critic = schedules.problem(COUNTS).models
+    assert (actor.nodes, critic.nodes) == (((0, 1, 2, 3),), ((1, 0), (3, 2)))
+    assert actor.forward == (128.0,) * 4
+    assert critic.backward == (256.0,) * 2
+    assert schedules.get(COUNTS).guessed
+
+
+def times(actor, critic):
+    return {
+        "actor": [StageSeconds(t, 2 * t) for t in actor],
+        "critic": [StageSeconds(t, 2 * t) for t in critic],
+    }
+
+
+def test_measured_times_are_what_is_predicted_with(schedules):
+    first = schedules.get(COUNTS)
+    # The same in other units: the schedule stays, its times are in seconds now.
+    schedules.observe(times([0.128] * 4, [0.128] * 2))
+    second = schedules.get(COUNTS)
+    assert len(schedules._pool.solved) == 1
+    assert not second.guessed
+    assert second.makespan == pytest.approx(first.makespan / 1000)
+    assert second.bound <= second.makespan <= second.serial
+    assert second.schedule.digest() == first.schedule.digest()
+    metrics = second.metrics(0.5)
+    assert metrics["fuse/training/makespan"] == 0.5
+    assert metrics["fuse/training/predicted"] == second.makespan
+    assert "fuse/training/predicted" not in first.metrics(0.5)
+
+
+def test_a_schedule_is_solved_anew_when_times_drift_or_counts_change(schedules):
+    schedules.get(COUNTS)
+    schedules.observe(times([1.0] * 4, [1.0] * 2))
+    schedules.get(COUNTS)
+    schedules.observe(times([1.1] * 4, [1.0] * 2))
+    schedules.get(COUNTS)
+    assert len(schedules._pool.solved) == 1
+    schedules.observe(times([3.0] * 4, [1.0] * 2))
+    schedules.get(COUNTS)
+    assert len(schedules._pool.solved) == 2
+    schedules.begin({"actor": 5, "critic": 4})
+    schedules.get({"actor": 5, "critic": 4})
+    assert [p.models[0].microbatches for p in schedules._pool.solved] == [4, 4, 5]
+
+
+def test_a_solver_that_is_gone_is_named_with_what_to_do(schedules):
+    schedules._pool.error = BrokenProcessPool("it was killed")
+    with pytest.raises(RuntimeError, match=r"'actor': 4.*BrokenProcessPool.*fuse.training.mode to off"):
+        schedules.get(COUNTS)
