@@ -16,7 +16,7 @@ def test_simulated(tmp_path, capsys, monkeypatch) -> None:
     document = json.loads(file.read_text())
     rows = document["simulated"]
     assert document["real"] is None
-    assert len(rows) == 2 * 2 * len(FRACTIONS)
+    assert len(rows) == 2 * 2 * 2 * len(FRACTIONS)
     for row in rows:
         assert row["speedup_worst"] <= row["speedup"] <= row["bound"] + 1e-9
         assert row["generated"] <= row["seconds"]

@@ -23,7 +23,8 @@ class TailSection(Section):
     )
     seats: int | None = Field(
         None, ge=1, description="Most samples that one engine takes of the tail; null: as many as leave a step within "
-        "twice the time of one with a single sample, by `stream.latency_profile`; without one `rollout.max_num_seqs`.",
+        "twice the time of one with a single sample, by `stream.latency_profile`, or `rollout.max_num_seqs`, whichever "
+        "simulation prefers with `threshold: auto`; without a profile `rollout.max_num_seqs`.",
     )  # fmt: skip
     chunk_tokens: int = Field(
         0, ge=0, description="Tokens of finished samples for which a pass runs; 0: as many as fill one micro-batch on "

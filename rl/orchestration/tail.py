@@ -58,7 +58,7 @@ class Tail:
     Args:
         choose: the threshold of the next batch; a fixed one, or None where it is chosen from lengths.
         chooser: chooses it; None where it is fixed.
-        rule: of a threshold.
+        rule: of a threshold and BS_max.
         block: trainer ranks of one copy of the model.
         engines: as many as devices.
     """
@@ -67,7 +67,7 @@ class Tail:
         self,
         fixed: Choice | None,
         chooser: ThresholdChooser | None,
-        rule: Callable[[int], TailRule],
+        rule: Callable[[int, int | None], TailRule],
         block: int,
         engines: int,
     ) -> None:
@@ -81,9 +81,9 @@ class Tail:
         if not section.enabled:
             return None
         profile = LatencyProfile.load(stream.latency_profile) if stream.latency_profile is not None else None
-        seats = section.seats or rollout.max_num_seqs
+        options = [section.seats or rollout.max_num_seqs]
         if section.seats is None and profile is not None:
-            seats = seats_within(profile, rollout.max_num_seqs)
+            options.append(seats_within(profile, rollout.max_num_seqs))
         cuda = rollout.device == "cuda"
         block = len(blocks_of(layout)[0]) if cuda else 1
         fixed, chooser = None, None
@@ -99,14 +99,14 @@ class Tail:
                 kv_tokens=info.kv_tokens,
                 longest=config.longest_sample,
                 profile=profile,
-                tail_seats=seats,
+                tail_seats=options,
                 window=section.window,
                 drift=section.drift,
                 margin=section.margin,
             )
 
-        def rule(threshold: int) -> TailRule:
-            return TailRule(threshold, seats, info.kv_tokens, config.longest_sample)
+        def rule(threshold: int, seats: int | None) -> TailRule:
+            return TailRule(threshold, seats or min(options), info.kv_tokens, config.longest_sample)
 
         return Tail(fixed, chooser, rule, block, rollout.engines)
 
@@ -114,7 +114,7 @@ class Tail:
         """For the batch that begins now; None: its tail is not gathered."""
         if self._chooser is not None:
             self.choice = self._chooser.choose()
-        return self._rule(self.choice.threshold) if self.choice.threshold else None
+        return self._rule(self.choice.threshold, self.choice.seats) if self.choice.threshold else None
 
     def observe(self, samples: Sequence[Sample], generate_seconds: float, inferred: Inferred) -> None:
         """A batch has been generated and inferred on; its lengths and costs count for later ones."""

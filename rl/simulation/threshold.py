@@ -1,11 +1,11 @@
-"""R_t, the number of unfinished samples at which generation's tail is gathered: chosen by simulation, and kept.
+"""When generation's tail is gathered (R_t unfinished samples), and how densely: chosen by simulation, and kept.
 
     chooser = ThresholdChooser(engines=4, seats=64, kv_tokens=400_000, longest=4352, profile=profile)
     chooser.observe(groups, generate_seconds=61.0, inference=InferenceCost(...))    # after every step
     choice = chooser.choose()                                                       # before the next one
 
-Rule: the lengths of the last ``window`` steps are simulated with every candidate (0, 5, ... 50% of a batch), at the
-speed that generation was measured at. The threshold changes only when
+Rule: the lengths of the last ``window`` steps are simulated with every candidate (0, 5, ... 50% of a batch, with each
+BS_max that may be chosen), at the speed that generation was measured at. The threshold changes only when
 
 - there was none from lengths yet, or lengths have *drifted*: the Kolmogorov-Smirnov distance between those that it was
   chosen for and the recent ones exceeds by ``drift`` what chance makes of the same law, ``1.36 sqrt(1/n + 1/m)`` with n
@@ -18,6 +18,7 @@ The first condition keeps a run from simulating every step, the second from flap
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import deque
@@ -30,7 +31,7 @@ from scipy.stats import ks_2samp
 
 from rl.rollout.latency import LatencyProfile
 from rl.simulation.generation import SimGroup
-from rl.simulation.tail import InferenceCost, simulate_tails
+from rl.simulation.tail import InferenceCost, TailSweep, simulate_tails
 
 FRACTIONS = tuple(percent / 100 for percent in range(0, 55, 5))
 _COSTS_CHANGED = 0.25
@@ -47,6 +48,7 @@ class Choice:
         reason: for the ledger.
         predicted_seconds, plain_seconds: of generation and inference, with it and without gathering; None: not
             simulated.
+        seats: BS_max that goes with it; None: not chosen.
     """
 
     threshold: int
@@ -54,9 +56,12 @@ class Choice:
     reason: str
     predicted_seconds: float | None = None
     plain_seconds: float | None = None
+    seats: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {"threshold": self.threshold, "changed": self.changed, "reason": self.reason}
+        if self.seats is not None:
+            found["seats"] = self.seats
         if self.predicted_seconds is not None and self.plain_seconds is not None:
             found |= {
                 "predicted_seconds": round(self.predicted_seconds, 4),
@@ -74,7 +79,7 @@ class ThresholdChooser:
         kv_tokens: that an engine's cache holds.
         longest: L_max, tokens of the longest possible sample.
         profile: latency of an engine.
-        tail_seats: BS_max; ``seats`` by default.
+        tail_seats: values of BS_max to choose from; ``seats`` by default.
         window: steps whose lengths count.
         drift: distance of distributions beyond chance, from 0 to 1.
         margin: of a step's time.
@@ -88,7 +93,7 @@ class ThresholdChooser:
         kv_tokens: int,
         longest: int,
         profile: LatencyProfile,
-        tail_seats: int | None = None,
+        tail_seats: Sequence[int] = (),
         window: int = 3,
         drift: float = 0.1,
         margin: float = 0.02,
@@ -96,9 +101,9 @@ class ThresholdChooser:
         if not (window >= 1 and 0 <= drift <= 1 and margin >= 0):
             raise ValueError(f"expected window >= 1, drift from 0 to 1, margin >= 0; got {window}, {drift}, {margin}")
         self.engines, self.seats, self.kv_tokens, self.longest = engines, seats, kv_tokens, longest
-        self.profile, self.tail_seats = profile, tail_seats or seats
+        self.profile, self.options = profile, tuple(sorted(set(tail_seats) or {seats}))
         self.drift, self.margin = drift, margin
-        self.threshold = 0
+        self.threshold, self.tail_seats = 0, self.options[0]
         self._batches: deque[Sequence[SimGroup]] = deque(maxlen=window)
         self._slowdowns: deque[float] = deque(maxlen=window)
         self._costs: deque[InferenceCost] = deque(maxlen=window)
@@ -114,7 +119,8 @@ class ThresholdChooser:
             generate_seconds: until its last sample, as measured, with the threshold of that step.
             inference: what its passes cost.
         """
-        sweep = self._sweep(groups, self.profile, InferenceCost(0.0), [self.threshold] if self.threshold else [])
+        wanted = [self.threshold] if self.threshold else []
+        sweep = self._sweep(groups, self.profile, InferenceCost(0.0), wanted, self.tail_seats)
         simulated = sweep.by_threshold.get(self.threshold, sweep.plain).generated
         self._batches.append(groups)
         self._slowdowns.append(generate_seconds / simulated if generate_seconds > 0 and simulated > 0 else 1.0)
@@ -123,7 +129,7 @@ class ThresholdChooser:
     def choose(self) -> Choice:
         """The threshold of the next batch."""
         if not self._batches:
-            return Choice(self.threshold, False, "no lengths have been seen yet")
+            return Choice(self.threshold, False, "no lengths have been seen yet", seats=self.tail_seats)
         lengths = np.array([n for groups in self._batches for group in groups for n in group.lengths])
         slowdown = statistics.median(self._slowdowns)
         per_token = statistics.median(cost.seconds_per_token for cost in self._costs)
@@ -131,35 +137,42 @@ class ThresholdChooser:
         prompts = sum(len(groups) for groups in self._batches)
         why = self._why(lengths, prompts, relative)
         if why is None:
-            return Choice(self.threshold, False, "lengths and costs are those that it was chosen for")
+            reason = "lengths and costs are those that it was chosen for"
+            return Choice(self.threshold, False, reason, seats=self.tail_seats)
         samples = min(sum(len(group.lengths) for group in groups) for groups in self._batches)
-        candidates = sorted({round(fraction * samples) for fraction in FRACTIONS} | {self.threshold})
+        thresholds = sorted({round(fraction * samples) for fraction in FRACTIONS} | {self.threshold})
         latest = self._costs[-1]
         costs = InferenceCost(
             per_token, statistics.median(cost.switch_seconds for cost in self._costs), latest.devices_per_block
         )
         profile = self.profile.scaled(1 / slowdown)
-        sweeps = [self._sweep(groups, profile, costs, candidates) for groups in self._batches]
+        sweeps = {
+            seats: [self._sweep(groups, profile, costs, thresholds, seats) for groups in self._batches]
+            for seats in self.options
+        }
 
-        def seconds(threshold: int) -> float:
+        def seconds(threshold: int, seats: int) -> float:
             # A batch that is never down to so few at once is as it would be without.
-            return statistics.fmean(sweep.by_threshold.get(threshold, sweep.plain).seconds for sweep in sweeps)
+            return statistics.fmean(sweep.by_threshold.get(threshold, sweep.plain).seconds for sweep in sweeps[seats])
 
-        best = min(candidates, key=lambda threshold: (seconds(threshold), threshold))
-        plain, present, predicted = seconds(0), seconds(self.threshold), seconds(best)
+        candidates = itertools.product(thresholds, self.options)
+        best, seats = min(candidates, key=lambda candidate: (seconds(*candidate), *candidate))
+        present, predicted = seconds(self.threshold, self.tail_seats), seconds(best, seats)
+        plain = seconds(0, seats)
         self._chosen_for, self._chosen_prompts, self._chosen_at = lengths, prompts, relative
         if present - predicted <= self.margin * present:
             reason = (
                 f"{why}: {best} samples would take {predicted:.3g} s, {self.threshold} take {present:.3g} s: not "
                 f"{self.margin:.0%} less"
             )
-            return Choice(self.threshold, False, reason, present, plain)
+            return Choice(self.threshold, False, reason, present, plain, self.tail_seats)
         reason = (
-            f"{why}: at {best} of {samples} samples generation and inference of {len(sweeps)} recent batches take "
-            f"{predicted:.3g} s, {present:.3g} s at {self.threshold}, {plain:.3g} s without gathering"
+            f"{why}: at {best} of {samples} samples, {seats} an engine, generation and inference of "
+            f"{len(self._batches)} recent batches take {predicted:.3g} s, {present:.3g} s at {self.threshold}, "
+            f"{plain:.3g} s without gathering"
         )
-        self.threshold = best
-        return Choice(best, True, reason, predicted, plain)
+        self.threshold, self.tail_seats = best, seats
+        return Choice(best, True, reason, predicted, plain, seats)
 
     def _why(self, lengths: np.ndarray, prompts: int, relative: float) -> str | None:
         """Why to simulate anew; None: there is no reason."""
@@ -174,8 +187,13 @@ class ThresholdChooser:
         return None
 
     def _sweep(
-        self, groups: Sequence[SimGroup], profile: LatencyProfile, costs: InferenceCost, thresholds: Sequence[int]
-    ) -> Any:
+        self,
+        groups: Sequence[SimGroup],
+        profile: LatencyProfile,
+        costs: InferenceCost,
+        thresholds: Sequence[int],
+        tail_seats: int,
+    ) -> TailSweep:
         return simulate_tails(
             groups,
             profile,
@@ -184,6 +202,6 @@ class ThresholdChooser:
             kv_tokens=self.kv_tokens,
             costs=costs,
             thresholds=thresholds,
-            tail_seats=self.tail_seats,
+            tail_seats=tail_seats,
             longest=self.longest,
         )

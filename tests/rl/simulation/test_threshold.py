@@ -27,7 +27,8 @@ def batch(law: LengthLaw, seed: int) -> list[SimGroup]:
 
 def seconds(one: ThresholdChooser, groups: list[SimGroup], slowdown: float = 1.0) -> float:
     """As the simulator says, for an engine that is so much slower than its profile."""
-    sweep = one._sweep(groups, PROFILE, InferenceCost(0.0), [one.threshold] if one.threshold else [])
+    thresholds = [one.threshold] if one.threshold else []
+    sweep = one._sweep(groups, PROFILE, InferenceCost(0.0), thresholds, one.tail_seats)
     return slowdown * sweep.by_threshold.get(one.threshold, sweep.plain).generated
 
 
@@ -40,12 +41,26 @@ def test_first_lengths_choose_and_the_same_keep_it() -> None:
     assert 0 < first.threshold <= 128
     assert "first lengths: at" in first.reason
     assert first.predicted_seconds < first.plain_seconds
-    assert set(first.to_json()) == {"threshold", "changed", "reason", "predicted_seconds", "plain_seconds"}
+    told = {"threshold", "changed", "reason", "seats", "predicted_seconds", "plain_seconds"}
+    assert set(first.to_json()) == told
     for seed in range(1, 5):
         one.observe(batch(LONG_TAIL, seed), seconds(one, batch(LONG_TAIL, seed)), COST)
         again = one.choose()
         assert (again.threshold, again.changed) == (first.threshold, False)
         assert "those that it was chosen for" in again.reason
+
+
+def test_how_densely_is_chosen_too() -> None:
+    """Much inference: more freed engines pay for slower steps. Little: they do not, where steps become that slow."""
+    profile = LatencyProfile((1, 8, 64), (0.01, 0.011, 0.08))
+    chosen = []
+    for cost in (1e-5, 2e-3):
+        one = chooser(profile=profile, tail_seats=(8, 64))
+        groups = batch(LengthLaw("lognormal", 200, 0.8, 4000), 0)
+        one.observe(groups, 0.0, InferenceCost(cost))
+        chosen.append(one.choose().seats)
+        assert one.tail_seats == chosen[-1]
+    assert chosen == [8, 64]
 
 
 def test_drift_changes_it() -> None:
