@@ -81,6 +81,12 @@ def pipelines_of(nodes: Sequence[Sequence[int]], node_size: int) -> list[tuple[i
     return [tuple(node * node_size + i for node in replica) for replica in nodes for i in range(node_size)]
 
 
+def _begun(work: Any) -> Any:
+    """torch gives None to ranks outside a group; none of ours asks as one."""
+    assert work is not None
+    return work
+
+
 class Links:
     """Connections of all models on this rank, and a group for agreeing; collective over the world.
 
@@ -153,7 +159,7 @@ class Links:
                 is_source = self.rank == connection.source
                 peer = connection.target if is_source else connection.source
                 start = dist.isend if is_source else dist.irecv
-                start(token, peer, group=self._groups[connection]).wait()
+                _begun(start(token, peer, group=self._groups[connection])).wait()
                 torch.cuda.synchronize(self.device)
 
     def next_run(self) -> int:
@@ -193,5 +199,5 @@ class Links:
         mine = [c for c in self._connections() if self.rank in (c.source, c.target)]
         for peer in sorted({c.target if c.source == self.rank else c.source for c in mine}):
             with contextlib.suppress(RuntimeError):
-                nothing = dist.irecv(torch.empty(1), peer, group=self._common, tag=_NEVER_SENT)
+                nothing = _begun(dist.irecv(torch.empty(1), peer, group=self._common, tag=_NEVER_SENT))
                 nothing.wait(timedelta(milliseconds=1))

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -181,12 +181,10 @@ class _Run:
         self._device = self._links.device
         self._watchdog: DeviceWatchdog | None = None
         self.doing = "beginning"
-        self.clock: _HostClock | _DeviceClock = (
-            _DeviceClock(self._device) if self._device.type == "cuda" else _HostClock()
-        )
+        self.clock: Any = _DeviceClock(self._device) if self._device.type == "cuda" else _HostClock()
 
     @contextlib.contextmanager
-    def watched(self) -> Any:
+    def watched(self) -> Iterator[None]:
         """On GPUs, with a thread that ends what takes too long."""
         if self._device.type != "cuda":
             yield
@@ -219,14 +217,15 @@ class _Run:
         assert stage is not None
         peer = None if step.receive is None else self._links.peer(step.receive.source)
         self._say(operation, "computing")
-        self.clock.begin(operation)
+        begin = self.clock.mark()
         if self._watchdog is not None:
-            self._watchdog.began(self._describer(operation, peer), self.clock.last)
+            self._watchdog.began(self._describer(operation, peer), begin)
         run = stage.backward if operation.backward else stage.forward
         result = run(operation.microbatch, received)
-        self.clock.end()
+        end = self.clock.mark()
+        self.clock.add(operation, begin, end)
         if self._watchdog is not None:
-            self._watchdog.ended(self.clock.last)
+            self._watchdog.ended(end)
         if step.send is not None:
             self._send(step.send, result)
 
@@ -235,17 +234,33 @@ class _Run:
         while self._outgoing:
             message, transfer = self._outgoing.popleft()
             self._say(message.producer, f"waiting until rank {transfer.peer} has received its result")
-            transfer.wait(self._timeout)
+            with self._watching():
+                transfer.wait(self._timeout)
 
     def finish(self) -> tuple[tuple[list[Any], ...], float]:
+        """What all models kept, and how long it took to reduce their gradients, in seconds."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         started = time.perf_counter()
         kept = []
         for model, stage in zip(self._problem.models, self._stages, strict=True):
             self.doing, self._since = f"reducing gradients of {model.name!r}", time.monotonic()
-            kept.append([] if stage is None else stage.finish())
+            with self._watching():
+                kept.append([] if stage is None else stage.finish())
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return tuple(kept), time.perf_counter() - started
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """On GPUs, what is handed to the device inside must end in time."""
+        if self._watchdog is None:
+            yield
+            return
+        doing = self.doing
+        self._watchdog.began(lambda begun: doing, self.clock.mark())
+        yield
+        self._watchdog.ended(self.clock.mark())
 
     def _post(self, message: Message) -> None:
         consumer = message.consumer
@@ -292,54 +307,43 @@ class _HostClock:
     """Times of operations that have ended when their call returns."""
 
     def __init__(self) -> None:
-        self._zero = time.perf_counter()
-        self._found: list[Measured] = []
-        self._open: tuple[Operation, float] | None = None
-        self.last: Any = None
+        self._zero = self.mark()
+        self._found: list[tuple[Operation, float, float]] = []
 
-    def begin(self, operation: Operation) -> None:
-        self._open = operation, time.perf_counter() - self._zero
+    def mark(self) -> float:
+        return time.perf_counter()
 
-    def end(self) -> None:
-        assert self._open is not None
-        self._found.append(Measured(*self._open, time.perf_counter() - self._zero))
+    def add(self, operation: Operation, begin: float, end: float) -> None:
+        self._found.append((operation, begin, end))
 
     def measured(self) -> tuple[Measured, ...]:
-        return tuple(self._found)
+        return tuple(Measured(operation, begin - self._zero, end - self._zero) for operation, begin, end in self._found)
 
 
 class _DeviceClock:
-    """Times of operations on the current stream of a device, by events.
-
-    Attributes:
-        last: the event recorded last.
-    """
+    """Times of operations on the current stream of a device, by events."""
 
     def __init__(self, device: torch.device) -> None:
         torch.cuda.synchronize(device)
-        self._events: list[tuple[Operation, Any, Any]] = []
-        self._zero = self._record()
-        self._open: tuple[Operation, Any] | None = None
+        self._zero = self.mark()
+        self._found: list[tuple[Operation, Any, Any]] = []
 
-    def _record(self) -> Any:
-        self.last = torch.cuda.Event(enable_timing=True)
-        self.last.record()
-        return self.last
+    def mark(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
 
-    def begin(self, operation: Operation) -> None:
-        self._open = operation, self._record()
-
-    def end(self) -> None:
-        assert self._open is not None
-        self._events.append((*self._open, self._record()))
+    def add(self, operation: Operation, begin: Any, end: Any) -> None:
+        self._found.append((operation, begin, end))
 
     def measured(self) -> tuple[Measured, ...]:
         """Waits for the device."""
         torch.cuda.synchronize()
-        return tuple(
-            Measured(operation, self._zero.elapsed_time(start) / 1e3, self._zero.elapsed_time(end) / 1e3)
-            for operation, start, end in self._events
-        )
+
+        def since(event: Any) -> float:
+            return float(self._zero.elapsed_time(event)) / 1e3
+
+        return tuple(Measured(operation, since(begin), since(end)) for operation, begin, end in self._found)
 
 
 def _misfit(schedule: Schedule, links: Links) -> str:
@@ -369,6 +373,6 @@ def _unfit(schedule: Schedule, works: Sequence[Work | None], node: int) -> str:
 
 def makespan(report: ExecutionReport, links: Links) -> float:
     """The longest over all ranks, in seconds; collective."""
-    told: list[Any] = [None] * dist.get_world_size()
+    told: list[float] = [0.0] * dist.get_world_size()
     dist.all_gather_object(told, report.makespan, group=links.control)
     return max(told)

@@ -36,7 +36,7 @@ class FailureBoard:
     """
 
     def __init__(self, name: str) -> None:
-        self._store = dist.PrefixStore(f"fused/{name}", distributed_c10d._get_default_store())
+        self._store = distributed_c10d.PrefixStore(f"fused/{name}", distributed_c10d._get_default_store())
 
     def report(self, text: str) -> None:
         """The first report of all ranks stays."""
