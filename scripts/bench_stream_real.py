@@ -310,7 +310,8 @@ def write(arguments: argparse.Namespace, rows: Sequence[Row]) -> None:
         "measured": True,
         "hardware": hardware(),
         "versions": collect(),
-        "settings": {k: str(v) for k, v in vars(arguments).items()},
+        # Where files lie is this machine's business.
+        "settings": {k: v.name if isinstance(v, Path) else str(v) for k, v in vars(arguments).items()},
         "rows": [asdict(row) for row in rows],
     }
     arguments.json.write_text(json.dumps(document, indent=1) + "\n")
