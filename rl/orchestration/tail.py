@@ -185,7 +185,8 @@ class Inferred:
 
     def seconds_per_token(self, devices: int) -> float:
         """Of all passes together on one of so many devices, all of which are the trainer's when nothing else runs."""
-        seconds, tokens = {}, {}
+        seconds: dict[str, float] = {}
+        tokens: dict[str, int] = {}
         for one in self.work:
             seconds[one.name] = seconds.get(one.name, 0.0) + (one.ended - one.began) * one.share
             tokens[one.name] = tokens.get(one.name, 0) + one.tokens
@@ -282,14 +283,19 @@ def infer_beside(run: Run, batch: Batch, moved: Callable[[], Moved]) -> Inferred
     ranks: dict[str, Sequence[int] | None] = dict.fromkeys((one.model for one in passes), None)
     if run.config.stream.colocated:
         ranks = dict.fromkeys(ranks, ())
+    looked_at = 0
     while not batch.complete:
         with run.phase("generate"):
             batch.wait_a_little(_POLL_S, deadline)
         if batch.stream.tail is not None and found.report is None:
-            found.report = batch.stream.tail
+            found.report, looked_at = batch.stream.tail, 0
             ranks = _take_devices(run, found, ranks)
+        finished = batch.finished()
+        if len(finished) == looked_at or all(some == () for some in ranks.values()):
+            continue
+        looked_at = len(finished)
         for one in passes:
-            ready = [] if ranks[one.model] == () else _missing(one, batch.finished(), found)
+            ready = [] if ranks[one.model] == () else _missing(one, finished, found)
             if batch.complete or sum(len(sample.tokens) for sample in ready) < wanted:
                 continue
             moved()
@@ -323,11 +329,9 @@ def _take_devices(
     if not run.config.stream.colocated:
         return dict(ranks)
     on_gpus, freed = run.config.rollout.device == "cuda", found.report.freed
-    if not on_gpus:
-        freed_ranks = range(run.packing.layout.world) if freed else ()
-    else:
-        freed_ranks = freed
-    taken = {model: free_ranks(run.packing_of(model).layout, freed_ranks) for model in ranks}
+    everyone = tuple(range(run.packing.layout.world))
+    free = freed if on_gpus or not freed else everyone
+    taken = {model: free_ranks(run.packing_of(model).layout, free) for model in ranks}
     every = sorted({rank for some in taken.values() for rank in some})
     if every:
         began = time.perf_counter()

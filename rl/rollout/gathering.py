@@ -12,8 +12,8 @@ Engines serve again when the stream has ended. A group is in one place all the t
 answered, then at the target, or waiting where the target is gone. What had ended before a death is kept, and what was
 broken off is continued anywhere with the same weights; with others it is generated anew.
 
-Keys and values do not travel: the target reads prompt and kept tokens in one prefill, which costs less than a protocol
-between engines would be worth; ``docs/notes/fusion-tail.md`` has the figures.
+Keys and values do not travel: the target reads prompt and kept tokens in one prefill; what that costs beside moving
+them is in ``docs/notes/fusion-tail.md``.
 """
 
 from __future__ import annotations
@@ -188,9 +188,9 @@ class Gathering:
             staying = [pending for pending in groups if pending.order not in plan.moves]
             ids = [name for pending in staying for name in pending.open_ids]
             if ids:
-                future = dispatcher.engines.finished_on(record.index, ids)
+                ended = dispatcher.engines.finished_on(record.index, ids)
                 then = partial(self._take_early, stream, record, {p.uid: p for p in staying})
-                dispatcher.call(record, future, dispatcher.update_limit_s, "samples that have ended", then)
+                dispatcher.call(record, ended, dispatcher.update_limit_s, "samples that have ended", then)
 
     def _take_early(
         self,
