@@ -5,23 +5,19 @@ config.trainer.optimizer.lr
 print(to_yaml(config))
 """
 
+from rl.config.algorithm import AlgorithmSection, GAESection, ImportanceSection, KLSection, RoutesSection
 from rl.config.loading import ConfigError, describe, field_paths, from_dict, load, to_dict, to_yaml
 from rl.config.rules import Violation
 from rl.config.sections import (
-    AlgorithmSection,
     CheckpointSection,
     DataSection,
     EvaluationSection,
-    GAESection,
-    ImportanceSection,
-    KLSection,
     Limits,
     LoggingSection,
     ModelSection,
     RaySection,
     RewardSection,
     RolloutSection,
-    RoutesSection,
     RunConfig,
     RunSection,
     SamplingSection,
