@@ -6,7 +6,7 @@ limit, begin updates and departures of engines that are ready for them, hand out
 Invariants:
 
 1. A group is in exactly one place: waiting, at one engine, or delivered. An engine's death moves its groups back to
-   waiting; what a dead process still answers is not listened to.
+   waiting; what a dead process still answers is not listened to. How the tail of a stream moves: ``gathering``.
 2. An engine that has an update before it gets no groups until it has it, so versions grow on every engine, and a
    process that was started later gets the newest weights before its first group.
 3. No two groups with the same sample ids are at engines at the same time.
