@@ -126,6 +126,29 @@ def test_kept_engine_dies(fakes: Any) -> None:
     assert all(again.count(name) == 2 for name in moved), "what was broken off went on, it did not begin again"
 
 
+@pytest.mark.parametrize("when", ["abort_on", "continue_on", "finished_on"])
+def test_an_engine_dies_in_the_middle_of_the_move(fakes: Any, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """The source when it is to break off, the target when it gets what moves, the target before that."""
+    engines = fakes(2, lambda name: 60 if name.endswith("0") else 3, token_s=SLOW_S)
+    original, killed = getattr(engines, when), []
+
+    def dies_first(index: int, *arguments: Any) -> Any:
+        if not killed:
+            killed.append(index)
+            engines.kill(index)
+        return original(index, *arguments)
+
+    monkeypatch.setattr(engines, when, dies_first)
+    with GenerationService(engines, max_restarts=1) as service:
+        stream = service.generate(prompts(4), 2, SAMPLING, 0, tail=rule(4))
+        groups = list(stream)
+        assert service.restarts == len(killed) == 1
+        assert stream.tail is not None
+        assert killed[0] in (stream.tail.freed if when == "abort_on" else stream.tail.kept)
+    check(groups, stream.take_early(), engines.length)
+    assert len(groups) == 4
+
+
 def test_newer_weights_at_the_target_are_not_mixed_in(fakes: Any) -> None:
     """What was broken off under older weights is generated anew where only newer ones are to be had."""
     engines = fakes(2, lambda name: 80 if name.endswith("0") else 3, token_s=SLOW_S)
