@@ -199,8 +199,9 @@ def _missing_files(config: RunConfig) -> Iterator[Violation]:
             "set model.create.",
         )
     for name, source in (("train", config.data.train), ("eval", config.data.eval)):
-        if source is not None and source.jsonl is not None and not source.jsonl.is_file():
-            yield Violation(f"data.{name}.jsonl", f"expected a file, found none at {source.jsonl}; correct the path.")
+        for file in (source.files or ()) if source is not None else ():
+            if not file.is_file():
+                yield Violation(f"data.{name}.files", f"expected a file, found none at {file}; correct the path.")
 
 
 def _device(config: RunConfig) -> versions.Device:

@@ -43,7 +43,7 @@ SUMMARY_FIELDS = (
     "model.path",
     "model.dtype",
     "data.train.reasoning_gym",
-    "data.train.jsonl",
+    "data.train.files",
     "data.prompts_per_step",
     "data.samples_per_prompt",
     "sampling.temperature",

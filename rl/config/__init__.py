@@ -6,23 +6,19 @@ print(to_yaml(config))
 """
 
 from rl.config.algorithm import AlgorithmSection, GAESection, ImportanceSection, KLSection, RoutesSection
+from rl.config.data import DataSection, EvaluationSection, RewardSection, SourceSection, SuccessSection
 from rl.config.loading import ConfigError, describe, field_paths, from_dict, load, to_dict, to_yaml
 from rl.config.rules import Violation
 from rl.config.sections import (
     CheckpointSection,
-    DataSection,
-    EvaluationSection,
     Limits,
     LoggingSection,
     ModelSection,
     RaySection,
-    RewardSection,
     RolloutSection,
     RunConfig,
     RunSection,
     SamplingSection,
-    SourceSection,
-    SuccessSection,
     WarmupSection,
 )
 from rl.config.trainer import (

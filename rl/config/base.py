@@ -10,6 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 ConfigPath = Annotated[Path, Field(strict=False)]
 """A path; relative ones are relative to the directory the command was started in."""
 
+ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+"""``package.module:function``."""
+
+Seconds = Annotated[float, Field(gt=0)]
+
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 
 

@@ -25,8 +25,8 @@ _PLACEHOLDERS: dict[str, Any] = {
     "run.name": "unnamed",
     "model": {"path": "unknown"},
     "model.path": "unknown",
-    "data": {"train": {"jsonl": "unknown"}},
-    "data.train": {"jsonl": "unknown"},
+    "data": {"train": {"files": ["unknown.jsonl"]}},
+    "data.train": {"files": ["unknown.jsonl"]},
     "reward": {"path": "unknown:unknown"},
     "reward.path": "unknown:unknown",
 }

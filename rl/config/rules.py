@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rl.config.critic_rules import critic
+from rl.config.data_rules import data
 from rl.config.fusion_rules import fuse
-from rl.config.sections import RunConfig, SourceSection
+from rl.config.sections import RunConfig
 from rl.config.stream_rules import stream
 from rl.config.trainer import OptimizerSection
 from rl.config.violations import Rule, Violation
@@ -32,81 +33,6 @@ def check(config: RunConfig, ignore: frozenset[str] = frozenset()) -> list[Viola
 
 def _touches(field: str, bad: str) -> bool:
     return field == bad or field.startswith(bad + ".") or bad.startswith(field + ".")
-
-
-def _sources(config: RunConfig) -> Iterator[Violation]:
-    sources: list[tuple[str, SourceSection]] = [("data.train", config.data.train)]
-    if config.data.eval is not None:
-        sources.append(("data.eval", config.data.eval))
-    for path, source in sources:
-        if (source.reasoning_gym is None) == (source.jsonl is None):
-            came = "neither" if source.jsonl is None else "both"
-            yield Violation(
-                path, f"expected one of `reasoning_gym` and `jsonl`, came {came}; set one, the other to null."
-            )
-        elif source.reasoning_gym is not None:
-            for name in ("size", "seed"):
-                if getattr(source, name) is None:
-                    yield Violation(
-                        f"{path}.{name}", "a reasoning-gym task needs a number, came null; set it.", (path,)
-                    )
-        else:
-            for name, value in (("args", source.args), ("seed", source.seed)):
-                if value not in (None, {}):
-                    yield Violation(
-                        f"{path}.{name}",
-                        f"only a reasoning-gym task takes it, came {value!r} with `jsonl`; remove it.",
-                        (path,),
-                    )
-
-
-def _prompt_template(config: RunConfig) -> Iterator[Violation]:
-    template = config.data.prompt_template
-    if "{prompt}" not in template:
-        yield Violation(
-            "data.prompt_template", f"expected a text that holds {{prompt}}, came {template!r}; put {{prompt}} in it."
-        )
-    if config.data.chat and template != "{prompt}":
-        yield Violation(
-            "data.chat",
-            "expected either the chat template or `prompt_template`, came both; remove one.",
-            ("data.prompt_template",),
-        )
-
-
-def _held_out(config: RunConfig) -> Iterator[Violation]:
-    """Problem i of a task has generator seed `seed + i`, so it is the seed ranges that must not overlap."""
-    held_out = config.data.eval
-    if held_out is None:
-        return
-    train = config.data.train
-    if train.jsonl is not None and train.jsonl == held_out.jsonl:
-        yield Violation(
-            "data.eval.jsonl",
-            f"held-out problems would not be held out: training reads {train.jsonl} too; use another file.",
-            ("data.train.jsonl",),
-        )
-    used = [("data.train", train.reasoning_gym, train.seed, train.size)]
-    if config.warmup.steps > 0:
-        examples = config.warmup.examples or config.warmup.steps * config.warmup.batch_size
-        used.append(("warmup", train.reasoning_gym, config.warmup.examples_seed, examples))
-    for path, task, seed, size in used:
-        if task is None or task != held_out.reasoning_gym:
-            continue
-        if seed is None or size is None or held_out.seed is None or held_out.size is None:
-            continue
-        if seed < held_out.seed + held_out.size and held_out.seed < seed + size:
-            yield Violation(
-                "data.eval.seed",
-                "held-out problems would not be held out: they use generator seeds "
-                f"{_range(held_out.seed, held_out.size)} "
-                f"and {path} uses {_range(seed, size)} of the same task; set seeds further apart.",
-                ("data.train", "data.eval.size", *(("warmup",) if path == "warmup" else ())),
-            )
-
-
-def _range(first: int, count: int) -> str:
-    return f"{first}..{first + count - 1}"
 
 
 def _sampling(config: RunConfig) -> Iterator[Violation]:
@@ -435,40 +361,8 @@ def _warmup(config: RunConfig) -> Iterator[Violation]:
         )
 
 
-def _evaluation(config: RunConfig) -> Iterator[Violation]:
-    evaluation, held_out = config.evaluation, config.data.eval
-    success = evaluation.success
-    if held_out is None:
-        for path, wanted in (
-            ("evaluation.every", evaluation.every > 0),
-            ("evaluation.success.before_max", success.before_max is not None),
-            ("evaluation.success.after_min", success.after_min is not None),
-        ):
-            if wanted:
-                yield Violation(
-                    path, "needs held-out prompts, and data.eval is null; set data.eval or remove it.", ("data.eval",)
-                )
-        return
-    if held_out.size is not None and evaluation.prompts > held_out.size:
-        yield Violation(
-            "evaluation.prompts",
-            f"expected at most data.eval.size = {held_out.size}, came {evaluation.prompts}; "
-            "lower it or raise the size.",
-            ("data.eval.size",),
-        )
-    for name, when in (("before_max", "at_start"), ("after_min", "at_end")):
-        if getattr(success, name) is not None and not getattr(evaluation, when):
-            yield Violation(
-                f"evaluation.success.{name}",
-                f"needs the evaluation that evaluation.{when}: false turns off; set {when} to true or {name} to null.",
-                (f"evaluation.{when}",),
-            )
-
-
 RULES: tuple[Rule, ...] = (
-    _sources,
-    _prompt_template,
-    _held_out,
+    data,
     _sampling,
     _lengths,
     _layout,
@@ -485,5 +379,4 @@ RULES: tuple[Rule, ...] = (
     stream,
     fuse,
     _warmup,
-    _evaluation,
 )

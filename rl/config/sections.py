@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from megatron_ultraep.config import BalanceConfig, option_help
 from rl.config.algorithm import AlgorithmSection
-from rl.config.base import ConfigPath, Section, Texts
+from rl.config.base import ConfigPath, ImportPath, Seconds, Section, Texts
+from rl.config.data import DataSection, EvaluationSection, RewardSection
 from rl.config.fusion import FuseSection
-from rl.config.trainer import CriticSection, ParallelSection, ReferenceSection, RewardModelSection, TrainerSection
+from rl.config.trainer import CriticSection, ParallelSection, ReferenceSection, TrainerSection
 
-ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-"""``package.module:function``."""
-
-Seconds = Annotated[float, Field(gt=0)]
 Dtype = Literal["float32", "bfloat16", "float64"]
 
 
@@ -64,42 +61,6 @@ class ModelSection(Section):
     )
     create_args: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of `create`.")
     dtype: Dtype = Field("bfloat16", description="Parameter and compute type of the trainer; float64 is for tests.")
-
-
-class SourceSection(Section):
-    """One set of prompts: a reasoning-gym task or a JSONL file with `prompt` and `label`. Exactly one of both."""
-
-    reasoning_gym: str | None = Field(None, description="Name of a reasoning-gym task.")
-    args: dict[str, Any] = Field(default_factory=dict, description="Arguments of the reasoning-gym task.")
-    size: int | None = Field(None, ge=1, description="Problems of the task; for JSONL the first so many (null: all).")
-    seed: int | None = Field(None, ge=0, description="Generator seed; problem i of the task has seed `seed + i`.")
-    jsonl: ConfigPath | None = Field(None, description="File with one JSON object per line: prompt, label.")
-
-
-class DataSection(Section):
-    """Prompts of training and evaluation, and how many each iteration takes."""
-
-    train: SourceSection = Field(description="Prompts to train on.")
-    eval: SourceSection | None = Field(None, description="Held-out prompts; null: no evaluation.")
-    prompt_template: str = Field("{prompt}", description="Text around each prompt; must hold `{prompt}`.")
-    chat: bool = Field(False, description="Apply the tokenizer's chat template; excludes `prompt_template`.")
-    prompts_per_step: int = Field(32, ge=1, description="Prompts of one rollout iteration.")
-    samples_per_prompt: int = Field(8, ge=1, description="Responses sampled for each prompt: the group of GRPO.")
-    shuffle: bool = Field(True, description="Shuffle the training prompts anew in each epoch, from `run.seed`.")
-    max_prompt_tokens: int = Field(512, ge=1, description="Tokens; a longer prompt is an error that names it.")
-
-
-class RewardSection(Section):
-    """The reward function, and perhaps a reward model."""
-
-    path: ImportPath = Field(description="`module:function`, sync or async: reward(sample, args) -> float, or verl's.")
-    args: dict[str, Any] = Field(default_factory=dict, description="Given to the function as `args`.")
-    timeout_s: Seconds = Field(30.0, description="Seconds for one sample's reward.")
-    concurrency: int = Field(16, ge=1, description="Rewards computed at the same time.")
-    on_error: Literal["zero", "drop"] = Field(
-        "zero", description="A reward that raises or times out: give that sample 0, or leave it out of training."
-    )
-    model: RewardModelSection | None = Field(None, description=RewardModelSection.__doc__)
 
 
 class ForcedLengths(Section):
@@ -288,25 +249,6 @@ class WarmupSection(Section):
     stop_at_accuracy: float | None = Field(
         None, gt=0, le=1, description="Stop early at this greedy accuracy on the batches (mean of two); null: never."
     )
-
-
-class SuccessSection(Section):
-    """Thresholds on held-out accuracy; the command ends with code 3 when one is missed."""
-
-    before_max: float | None = Field(None, ge=0, le=1, description="Highest accuracy before training; null: off.")
-    after_min: float | None = Field(None, ge=0, le=1, description="Lowest accuracy after training; null: off.")
-
-
-class EvaluationSection(Section):
-    """Evaluation on held-out prompts."""
-
-    every: int = Field(0, ge=0, description="Rollout iterations between evaluations; 0: only at start and end.")
-    prompts: int = Field(128, ge=1, description="Held-out prompts, the first so many of `data.eval`.")
-    greedy: bool = Field(True, description="Greedy decoding; false: sample as in training.")
-    at_start: bool = Field(True, description="Evaluate before the first iteration (after the warm-up).")
-    at_end: bool = Field(True, description="Evaluate after the last iteration.")
-    correct_from: float = Field(1.0, description="Reward from which on a response counts as correct.")
-    success: SuccessSection = Field(default_factory=SuccessSection, description="Thresholds of the exit code.")
 
 
 class CheckpointSection(Section):

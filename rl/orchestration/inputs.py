@@ -49,8 +49,8 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _rows(source: SourceSection) -> list[Row]:
-    if source.jsonl is not None:
-        return read_jsonl(source.jsonl, source.size)
+    if source.files is not None:
+        return read_jsonl(source.files[0], source.size)
     assert source.reasoning_gym is not None  # rl.config.rules
     assert source.size is not None
     assert source.seed is not None

@@ -92,10 +92,10 @@ def test_wrong_usage(run, args):
 
 def test_missing_files(run):
     no_task = ["data.eval.reasoning_gym=null", "data.eval.size=null", "data.eval.seed=null"]
-    result = run("train", "c.yaml", "model.path=gone", "data.eval.jsonl=gone.jsonl", *no_task)
+    result = run("train", "c.yaml", "model.path=gone", "data.eval.files=gone.jsonl", *no_task)
     assert result.exit_code == 2
     assert "model.path: expected a Hugging Face directory" in result.stderr
-    assert "data.eval.jsonl: expected a file" in result.stderr
+    assert "data.eval.files: expected a file" in result.stderr
     assert run("train", "c.yaml", "model.path=gone", "model.create=a.b:c").exit_code == 0
 
 
