@@ -44,6 +44,18 @@ def concatenated(problem: Problem) -> Schedule:
     )
 
 
+def one_at_a_time(problem: Problem) -> Schedule:
+    """One micro-batch of one model in flight at a time, in every replica: no schedule holds less."""
+    orders = []
+    for n in range(problem.nodes):
+        order: list[Task] = []
+        for m, model in enumerate(problem.models):
+            if model.place(n) is not None:
+                order += [Task(m, backward) for backward in model.directions] * model.microbatches
+        orders.append(tuple(order))
+    return Schedule(problem, tuple(orders))
+
+
 def serial_timelines(problem: Problem) -> tuple[Timeline, ...]:
     """Every model's 1F1B alone."""
     return tuple(simulate(one_f_one_b(problem, m)) for m in range(len(problem.models)))
