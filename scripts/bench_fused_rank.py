@@ -146,7 +146,8 @@ class Subject:
         self.case, self.options = case, options
         self.nodes = case.stages[0]
         self.placements = ((tuple(range(self.nodes)),), placement(case.stages[1], self.nodes))
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else _CPU
+        on_gpu = torch.cuda.is_available() and not options.sleep_ms
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
         self.names = ("actor", "reference" if case.forward_only else "critic")
         self.models: list[BuiltModel] = [] if options.sleep_ms else [self._build(i) for i in (0, 1)]
 
@@ -403,7 +404,7 @@ def _describe(problem: Problem) -> str:
 
 def solved(problem: Problem, seconds: float) -> Schedule:
     """The search's schedule."""
-    from megatron_ultraep.pipeline.solver import solve
+    from megatron_ultraep.pipeline.solve import solve
 
     return solve(problem, seed=0, seconds=seconds, memory_seconds=0.0).schedule
 

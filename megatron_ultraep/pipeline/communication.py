@@ -94,7 +94,7 @@ class Links:
         placements: of each model, ``[replica][stage]``, node (``PipelineModel.nodes``).
         nodes: of the problem; each is ``world / nodes`` consecutive ranks.
         timeout_s: limit of every wait, in seconds.
-        device: where tensors are; with a CUDA device the connections are NCCL's.
+        device: where tensors are, the current CUDA device by default where there is one; then connections are NCCL's.
 
     Raises:
         ValueError: ranks that the nodes do not divide.
@@ -110,7 +110,7 @@ class Links:
         nodes: int,
         *,
         timeout_s: float = 600.0,
-        device: torch.device | str = "cpu",
+        device: torch.device | None = None,
     ) -> None:
         world = dist.get_world_size()
         if world % nodes:
@@ -120,7 +120,9 @@ class Links:
         self.node_size = world // nodes
         self.node = self.rank // self.node_size
         self.timeout_s = timeout_s
-        self.device = torch.device(device)
+        if device is None and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.device = device or torch.device("cpu")
         self.placements = tuple(tuple(tuple(replica) for replica in placement) for placement in placements)
         self.name = f"links{next(_created)}"
         self.control = new_group(range(world), timeout_s=timeout_s, backend="gloo")

@@ -7,6 +7,7 @@ import re
 import time
 
 import pytest
+import torch
 
 from megatron_ultraep.pipeline.agreement import ScheduleMismatch, share_schedule
 from megatron_ultraep.pipeline.baselines import concatenated, one_f_one_b, random_schedule
@@ -18,6 +19,7 @@ from tests.megatron_ultraep.pipeline.trivial import Counting
 from tests.ranks import RankError
 
 NODES = 4
+CPU = torch.device("cpu")  # where Counting works
 # What the small model may look like on four nodes: (stages, replicas, reversed).
 SHAPES = ((4, 1, True), (4, 1, False), (2, 2, True), (2, 2, False), (1, 4, False), (2, 1, True))
 
@@ -42,7 +44,7 @@ def random_problem(seed, small=None):
 
 def run_random(seeds, small):
     """Run one random schedule per seed on one set of links; how many operations this rank ran."""
-    links = Links.of_models(random_problem(0, small).models, NODES, timeout_s=20)
+    links = Links.of_models(random_problem(0, small).models, NODES, timeout_s=20, device=CPU)
     ran = 0
     for seed in seeds:
         schedule = random_schedule(random_problem(seed, small), seed)
@@ -102,7 +104,7 @@ def try_broken(seeds):
         for kind, schedule in broken_schedules(seed):
             placements = tuple(m.nodes for m in schedule.problem.models)
             if placements not in links:
-                links[placements] = Links(placements, NODES, timeout_s=20)
+                links[placements] = Links(placements, NODES, timeout_s=20, device=CPU)
             try:
                 FusedExecutor(schedule, links[placements]).run(Counting.of(schedule, links[placements].node))
                 found.append((kind, "ran"))
@@ -145,7 +147,7 @@ def problem_of(**critic):
 
 def run_many(schedules):
     """Several schedules on links that serve them all."""
-    links = Links.of_models(schedules[0].problem.models, NODES, timeout_s=20)
+    links = Links.of_models(schedules[0].problem.models, NODES, timeout_s=20, device=CPU)
     reports = [FusedExecutor(schedule, links).run(Counting.of(schedule, links.node)) for schedule in schedules]
     return [[(m.operation, m.start, m.end) for m in report.measured] for report in reports]
 
@@ -163,7 +165,7 @@ def test_links_serve_schedules_of_different_counts_and_orders(ranks):
 
 def run_alone():
     schedule = one_f_one_b(problem_of(), 0)
-    links = Links.of_models(schedule.problem.models, NODES, timeout_s=20)
+    links = Links.of_models(schedule.problem.models, NODES, timeout_s=20, device=CPU)
     return FusedExecutor(schedule, links).run(Counting.of(schedule, links.node)).kept
 
 
@@ -176,7 +178,7 @@ def test_one_model_alone_is_plain_1f1b(ranks):
 def differing(how):
     """What a rank is told when ranks do not agree."""
     schedule = concatenated(problem_of())
-    links = Links.of_models(schedule.problem.models, NODES, timeout_s=20)
+    links = Links.of_models(schedule.problem.models, NODES, timeout_s=20, device=CPU)
     works = Counting.of(schedule, links.node)
     if how == "schedule" and links.rank == 2:
         schedule = random_schedule(problem_of(), 1)
@@ -212,7 +214,7 @@ def test_ranks_agree_before_anything_runs(ranks, how, message):
 def stuck(how, timeout_s):
     """What each rank says, and after how long, when one of them does not go on."""
     schedule = concatenated(problem_of())
-    links = Links.of_models(schedule.problem.models, NODES, timeout_s=timeout_s)
+    links = Links.of_models(schedule.problem.models, NODES, timeout_s=timeout_s, device=CPU)
     works = Counting.of(schedule, links.node)
     if links.rank == 2:
         if how == "sleeps":
