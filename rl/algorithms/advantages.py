@@ -4,13 +4,13 @@ Legend: N samples; R_i response tokens of sample i; "tokens" = sum of R_i, sampl
 
 An advantage estimator is an ``AdvantageFn``: it takes an ``AdvantageInput`` and gives an ``AdvantageResult`` with one
 value per response token, so that the loop treats outcome estimators (GRPO: one value per sample, repeated) and
-per-token estimators (GAE) alike. ``ADVANTAGES`` maps the name in a config file to the function.
+per-token estimators (GAE, REINFORCE++) alike. ``ADVANTAGES`` maps the name in a config file to the function.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -46,7 +46,7 @@ class AdvantageConfig:
     Attributes:
         normalize_std: divide by the standard deviation of the group (GRPO). False is the unbiased form of Dr. GRPO.
         eps: added to that standard deviation, in units of reward.
-        gamma: discount per token (GAE), in [0, 1].
+        gamma: discount per token (GAE, REINFORCE++), in [0, 1].
         lam: lambda of GAE, in [0, 1]: 0 trusts values (one step), 1 trusts rewards (Monte Carlo).
         whiten: of GAE, shift and scale the batch's advantages to mean 0 and standard deviation 1 over learnt tokens.
     """
@@ -118,30 +118,73 @@ def grpo(rewards: Tensor, group_ids: Tensor, normalize_std: bool = True, eps: fl
     Source:
         DeepSeekMath, arXiv:2402.03300, section 4.1.2 (outcome supervision).
     """
+    groups = _compare(rewards, group_ids)
+    if not normalize_std:
+        return groups.advantages(groups.centred)
+    squares = torch.zeros_like(groups.size, dtype=torch.float64).index_add(0, groups.index, groups.centred.square())
+    deviation = (squares / (groups.size - 1).clamp(min=1)).sqrt()
+    return groups.advantages(groups.centred / (deviation + eps)[groups.index])
+
+
+def rloo(rewards: Tensor, group_ids: Tensor) -> GroupAdvantages:
+    """REINFORCE leave-one-out: ``r_i`` minus the mean reward of the other samples of its prompt.
+
+    Of a group of n that is ``n / (n - 1) (r_i - mean)``, which is how it is computed. Groups of one sample have nothing
+    to compare with, and get 0 as groups with equal rewards do. Worked in float64.
+
+    Args:
+        rewards: float or int ``[N]``, finite.
+        group_ids: int ``[N]``.
+
+    Raises:
+        ValueError: shapes differ, or a reward is NaN or infinite.
+
+    Source:
+        Ahmadian et al., arXiv:2402.14740, equation 8; Kool et al. 2019, "Buy 4 REINFORCE Samples, Get a Baseline for
+        Free!".
+    """
+    groups = _compare(rewards, group_ids)
+    factor = groups.size / (groups.size - 1).clamp(min=1)
+    return groups.advantages(groups.centred * factor[groups.index])
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Samples beside those of their group. G groups.
+
+    Attributes:
+        centred: float64 ``[N]``, reward minus the group's mean.
+        index: int64 ``[N]``, which group.
+        size: int64 ``[G]``.
+        degenerate: bool ``[G]``, all rewards of the group are equal.
+    """
+
+    centred: Tensor
+    index: Tensor
+    size: Tensor
+    degenerate: Tensor
+
+    def advantages(self, values: Tensor) -> GroupAdvantages:
+        """``values`` ``[N]``, with 0 in degenerate groups."""
+        single = int((self.size == 1).sum())
+        return GroupAdvantages(
+            advantages=torch.where(self.degenerate[self.index], torch.zeros_like(values), values).to(torch.float32),
+            groups=self.size.numel(),
+            single_groups=single,
+            equal_groups=int(self.degenerate.sum()) - single,
+        )
+
+
+def _compare(rewards: Tensor, group_ids: Tensor) -> _Compared:
     _check_rewards(rewards, group_ids)
-    _, group, size = torch.unique(group_ids, return_inverse=True, return_counts=True)
+    _, index, size = torch.unique(group_ids, return_inverse=True, return_counts=True)
     reward = rewards.to(torch.float64)
-    groups = size.numel()
-
-    zeros = torch.zeros(groups, dtype=torch.float64, device=reward.device)
-    mean = zeros.index_add(0, group, reward) / size
-    centred = reward - mean[group]
-    if normalize_std:
-        variance = zeros.index_add(0, group, centred.square()) / (size - 1).clamp(min=1)
-        centred = centred / (variance.sqrt() + eps)[group]
-
+    zeros = torch.zeros(size.numel(), dtype=torch.float64, device=reward.device)
+    mean = zeros.index_add(0, index, reward) / size
     # By comparison, not by variance: the mean of equal numbers may differ from them in the last bit.
-    highest = zeros.scatter_reduce(0, group, reward, "amax", include_self=False)
-    lowest = zeros.scatter_reduce(0, group, reward, "amin", include_self=False)
-    degenerate = highest == lowest
-    advantages = torch.where(degenerate[group], torch.zeros_like(centred), centred)
-    single = int((size == 1).sum())
-    return GroupAdvantages(
-        advantages=advantages.to(torch.float32),
-        groups=groups,
-        single_groups=single,
-        equal_groups=int(degenerate.sum()) - single,
-    )
+    highest = zeros.scatter_reduce(0, index, reward, "amax", include_self=False)
+    lowest = zeros.scatter_reduce(0, index, reward, "amin", include_self=False)
+    return _Compared(reward - mean[index], index, size, highest == lowest)
 
 
 def repeat_over_tokens(per_sample: Tensor, lengths: Tensor) -> Tensor:
@@ -155,12 +198,82 @@ def grpo_advantages(batch: AdvantageInput, config: AdvantageConfig) -> Advantage
     Raises:
         ValueError: see ``grpo``; or ``token_rewards`` are given, which an outcome estimator would ignore.
     """
+    _refuse_token_rewards("grpo", batch)
+    return _of_samples(batch, grpo(batch.rewards, batch.group_ids, config.normalize_std, config.eps))
+
+
+def dr_grpo_advantages(batch: AdvantageInput, config: AdvantageConfig) -> AdvantageResult:
+    """``grpo`` without the division by the standard deviation, whatever ``normalize_std`` says.
+
+    The other half of Dr. GRPO is the loss's aggregation, ``sequence_sum``.
+
+    Raises:
+        ValueError: see ``grpo_advantages``.
+
+    Source:
+        Liu et al., arXiv:2503.20783, section 3.1.
+    """
+    _refuse_token_rewards("dr_grpo", batch)
+    return _of_samples(batch, grpo(batch.rewards, batch.group_ids, normalize_std=False))
+
+
+def rloo_advantages(batch: AdvantageInput, config: AdvantageConfig) -> AdvantageResult:
+    """``rloo`` as an ``AdvantageFn``: every token of a sample gets the advantage of the sample.
+
+    Raises:
+        ValueError: see ``rloo``; or ``token_rewards`` are given, which an outcome estimator would ignore.
+    """
+    _refuse_token_rewards("rloo", batch)
+    return _of_samples(batch, rloo(batch.rewards, batch.group_ids))
+
+
+def reinforce_plus_plus_advantages(batch: AdvantageInput, config: AdvantageConfig) -> AdvantageResult:
+    """REINFORCE++: the discounted sum of the rewards from a token on, whitened over the batch's learnt tokens.
+
+    With ``r_t`` the token reward (a KL penalty), to which the last learnt token adds the sample's reward,
+    ``A_t = r_t + gamma A_{t+1}``: GAE of a critic that says 0, with lambda 1. No group is needed.
+
+    Raises:
+        ValueError: see ``gae_advantages``.
+
+    Source:
+        Hu et al., arXiv:2501.03262, equations 9-11.
+    """
+    zeros = torch.zeros(int(batch.lengths.sum()), dtype=torch.float64, device=batch.rewards.device)
+    result = gae_advantages(replace(batch, values=zeros), replace(config, lam=1.0, whiten=True))
+    return replace(result, returns=None)
+
+
+def reinforce_plus_plus_baseline_advantages(batch: AdvantageInput, config: AdvantageConfig) -> AdvantageResult:
+    """REINFORCE++ with the group's mean as baseline: ``r - mean``, whitened over the batch's learnt tokens.
+
+    The scale is the batch's where GRPO takes each group's, so groups that nearly agree are not blown up. Groups of one
+    sample and of equal rewards are 0 before whitening; tokens that are not learnt stay 0.
+
+    Raises:
+        ValueError: see ``grpo``; or ``token_rewards`` are given, which an outcome estimator would ignore.
+
+    Source:
+        Hu et al., arXiv:2501.03262, section 3.3 (REINFORCE++-baseline).
+    """
+    _refuse_token_rewards("reinforce++_baseline", batch)
+    result = _of_samples(batch, grpo(batch.rewards, batch.group_ids, normalize_std=False))
+    mask = learnt_tokens(batch)
+    raw = result.advantages.to(torch.float64)
+    metrics = {"advantage_mean": _mean(raw[mask]), "advantage_std": _std(raw[mask])}
+    whitened = torch.where(mask, whiten(raw, mask), torch.zeros_like(raw))
+    return AdvantageResult(whitened.to(torch.float32), {**result.metrics, **metrics})
+
+
+def _refuse_token_rewards(name: str, batch: AdvantageInput) -> None:
     if batch.token_rewards is not None:
         raise ValueError(
-            "grpo takes one reward per sample, but token_rewards were given and would be ignored; "
+            f"{name} takes one reward per sample, but token_rewards were given and would be ignored; "
             "put the KL penalty in the loss instead, or choose an estimator with per-token rewards"
         )
-    result = grpo(batch.rewards, batch.group_ids, config.normalize_std, config.eps)
+
+
+def _of_samples(batch: AdvantageInput, result: GroupAdvantages) -> AdvantageResult:
     return AdvantageResult(
         advantages=repeat_over_tokens(result.advantages, batch.lengths),
         metrics={
@@ -170,6 +283,15 @@ def grpo_advantages(batch: AdvantageInput, config: AdvantageConfig) -> Advantage
             "degenerate_groups": float(result.single_groups + result.equal_groups),
         },
     )
+
+
+def learnt_tokens(batch: AdvantageInput) -> Tensor:
+    """Which response tokens are learnt from, bool ``[tokens]``."""
+    lengths = batch.lengths.to(torch.int64)
+    learnt = lengths if batch.learnt is None else batch.learnt.to(torch.int64)
+    starts = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    position = torch.arange(int(lengths.sum()), device=lengths.device) - starts
+    return position < torch.repeat_interleave(learnt, lengths)
 
 
 def zero_advantages(batch: AdvantageInput, config: AdvantageConfig) -> AdvantageResult:
@@ -249,10 +371,23 @@ def _std(values: Tensor) -> float:
 
 
 ADVANTAGES: dict[str, AdvantageFn] = {
+    "dr_grpo": dr_grpo_advantages,
     "gae": gae_advantages,
     "grpo": grpo_advantages,
+    "reinforce++": reinforce_plus_plus_advantages,
+    "reinforce++_baseline": reinforce_plus_plus_baseline_advantages,
+    "rloo": rloo_advantages,
     "zero": zero_advantages,
 }
+
+PER_TOKEN = frozenset({"gae", "reinforce++"})
+"""Estimators that take rewards of single tokens, such as a KL penalty; the others take one reward per sample."""
+
+WHITENED = frozenset({"reinforce++", "reinforce++_baseline"})
+"""Estimators that always whiten over the batch, so they need all of it at once; gae does where ``whiten`` says so."""
+
+COMPARED = frozenset({"dr_grpo", "grpo", "reinforce++_baseline", "rloo"})
+"""Estimators that compare samples of one prompt: with one sample each, every advantage is 0."""
 
 
 def get_advantage_fn(name: str) -> AdvantageFn:
@@ -298,8 +433,7 @@ def _check_gae(batch: AdvantageInput, config: AdvantageConfig) -> tuple[Tensor, 
     if learnt.shape != batch.lengths.shape or bool(((learnt < 0) | (learnt > batch.lengths)).any()):
         raise ValueError(f"expected learnt tokens between 0 and {batch.lengths.tolist()}, got {learnt.tolist()}")
     learnt = learnt.to(torch.int64)
-    starts = torch.repeat_interleave(batch.lengths.cumsum(0) - batch.lengths, batch.lengths)
-    is_learnt = torch.arange(total, device=starts.device) - starts < torch.repeat_interleave(learnt, batch.lengths)
+    is_learnt = learnt_tokens(batch)
     for name, given in (("values", batch.values), ("token_rewards", token_rewards)):
         bad = torch.nonzero(is_learnt & ~torch.isfinite(given)).flatten().tolist()
         if bad:

@@ -82,7 +82,7 @@ def test_refusals_name_the_samples():
     batch = AdvantageInput(torch.zeros(1), torch.zeros(1), torch.ones(1), token_rewards=torch.zeros(1))
     with pytest.raises(ValueError, match="would be ignored"):
         ADVANTAGES["grpo"](batch, AdvantageConfig())
-    with pytest.raises(ValueError, match="choose one of gae, grpo, zero"):
+    with pytest.raises(ValueError, match="choose one of dr_grpo, gae, grpo"):
         get_advantage_fn("grop")
 
 

@@ -52,7 +52,7 @@ def test_kl_by_hand():
         (grad,) = torch.autograd.grad(estimate.sum(), new)
         assert estimate.item() == pytest.approx(value, abs=1e-12)
         assert grad.item() == pytest.approx(gradient, abs=1e-12)
-    with pytest.raises(ValueError, match="choose k1, k2 or k3"):
+    with pytest.raises(ValueError, match="choose k1, k2, k3"):
         kl(new, logs(0.25), "k4")
 
 
@@ -117,6 +117,7 @@ def test_policy_loss_by_hand():
         "ratio": 1.7,
         "rollout_logprob_abs_diff": 2 * math.log(1.25),
         "importance_weight": 1.9,
+        "importance_weight_squared": 1.1**2 + 0.8**2,
         "importance_truncated": 1,
         "kl": kl_0,
         "entropy": 1.2,
@@ -239,7 +240,7 @@ def test_all_that_is_missing_is_said_at_once():
     with pytest.raises(ValueError) as error:
         policy_loss(tokens, config, Normaliser(1, 1))
     for part in (
-        "expected one of ppo_clip, got 'pp0'",
+        "expected one of cispo, gspo, ppo_clip, ppo_sequence, got 'pp0'",
         "advantages: expected [3] like logprobs, got [2]",
         "mask: expected bool, got torch.float32",
         "got neither",
