@@ -78,9 +78,10 @@ class RewardSection(Section):
         description="`module:function`, sync or async: reward(sample, args) -> float, verl's compute_score, or slime's "
         "custom_rm(args, sample)."
     )
-    args: dict[str, Any] = Field(default_factory=dict, description="Given to the function as `args`.")
-    key: str | None = Field(
-        None, min_length=1, description="Entry of the reward if the function returns a mapping; null: `score`."
+    args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Given to the function as `args`. `reward_key`: the entry of the reward where the function "
+        "returns a mapping (else `score`).",
     )
     needs_label: bool | None = Field(
         None,

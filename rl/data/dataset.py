@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from rl.data.encoding import PLACEHOLDER, PromptEncoder
-from rl.data.sources import DataError, Row, digest
+from rl.data.sources import BadRow, DataError, Row, digest, listing, raise_bad_rows
 from rl.types import Prompt
 
 
@@ -56,9 +56,12 @@ class PromptDataset:
         seed: int = 0,
         template: str = PLACEHOLDER,
         chat: bool = False,
+        chat_args: Mapping[str, Any] | None = None,
         shuffle: bool = True,
         max_prompt_tokens: int | None = None,
         split: str = "train",
+        limit: int | None = None,
+        skip_bad: bool = False,
     ) -> None:
         """Tokenise ``rows``.
 
@@ -67,10 +70,12 @@ class PromptDataset:
             tokenizer: a Hugging Face tokenizer.
             seed: of the shuffling, 0 .. 2^64 - 1.
             template: see ``PromptEncoder``.
-            chat: see ``PromptEncoder``.
+            chat, chat_args: see ``PromptEncoder``.
             shuffle: another order in each epoch; False takes the rows as they come.
             max_prompt_tokens: longest prompt allowed; None for no limit.
             split: first part of the prompts' uids.
+            limit: take the first so many usable rows; None: all.
+            skip_bad: leave out rows that cannot be used, see ``skipped``; else they are an error.
 
         Raises:
             DataError: no rows, or rows that cannot be used (all are named).
@@ -80,8 +85,15 @@ class PromptDataset:
             raise DataError(f"the {split} data has no rows; expected at least one")
         if not 0 <= seed < 2**64:
             raise ValueError(f"expected a seed in 0..2^64-1, got {seed}")
-        self._rows = tuple(rows)
-        self._encoded = PromptEncoder(tokenizer, template, chat, max_prompt_tokens).encode(self._rows)
+        encoder = PromptEncoder(tokenizer, template, chat, max_prompt_tokens, chat_args or {})
+        kept, skipped = encoder.encode_each(rows, limit)
+        if not skip_bad:
+            raise_bad_rows("prompts", skipped, len(kept) + len(skipped))
+        if not kept:
+            raise DataError(f"the {split} data has no rows that can be used:\n  {listing(skipped)}")
+        self._rows = tuple(row for row, _ in kept)
+        self._encoded = tuple(encoded for _, encoded in kept)
+        self._skipped = tuple(skipped)
         self._seed = seed
         self._shuffle = shuffle
         self._split = split
@@ -90,6 +102,16 @@ class PromptDataset:
     def __len__(self) -> int:
         """Prompts of one epoch."""
         return len(self._rows)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows that are used, in the order they came."""
+        return self._rows
+
+    @property
+    def skipped(self) -> tuple[BadRow, ...]:
+        """Rows left out because they cannot be used."""
+        return self._skipped
 
     @property
     def digest(self) -> str:

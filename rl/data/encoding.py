@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from rl.data.sources import Row, raise_bad_rows
+from rl.data.sources import BadRow, Row, raise_bad_rows
 
 PLACEHOLDER = "{prompt}"
 
@@ -31,6 +31,7 @@ class PromptEncoder:
         chat: apply the tokenizer's chat template instead; a prompt that is text becomes one message of the user.
             Special tokens then come from the template; without ``chat`` the tokenizer adds those it always adds.
         max_prompt_tokens: P at most, special tokens included.
+        chat_args: further arguments of the chat template, for example ``{"enable_thinking": False}``.
 
     Raises:
         ValueError: a template without ``{prompt}``, or chat without a chat template.
@@ -40,6 +41,7 @@ class PromptEncoder:
     template: str = PLACEHOLDER
     chat: bool = False
     max_prompt_tokens: int | None = None
+    chat_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if PLACEHOLDER not in self.template:
@@ -61,16 +63,30 @@ class PromptEncoder:
             DataError: rows that are too long, empty after tokenisation, or of the other kind (chat or text); all of
                 them are named.
         """
-        encoded: list[EncodedPrompt] = []
-        problems: list[str] = []
+        kept, problems = self.encode_each(rows)
+        raise_bad_rows("prompts", problems, len(rows))
+        return [encoded for _, encoded in kept]
+
+    def encode_each(
+        self, rows: Sequence[Row], limit: int | None = None
+    ) -> tuple[list[tuple[Row, EncodedPrompt]], list[BadRow]]:
+        """Rows that can be used, each with its text and tokens, and those that cannot, in order.
+
+        Args:
+            rows: in order.
+            limit: stop after so many that can be used; None: take all.
+        """
+        kept: list[tuple[Row, EncodedPrompt]] = []
+        problems: list[BadRow] = []
         for row in rows:
+            if limit is not None and len(kept) == limit:
+                break
             try:
-                encoded.append(self._encode_row(row))
+                kept.append((row, self._encode_row(row)))
             except Exception as error:
                 reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-                problems.append(f"{row.origin or 'row'}: {reason}")
-        raise_bad_rows("prompts", problems, len(rows))
-        return encoded
+                problems.append(BadRow(row.origin or "row", reason))
+        return kept, problems
 
     def _encode_row(self, row: Row) -> EncodedPrompt:
         text = self._render(row)
@@ -87,7 +103,9 @@ class PromptEncoder:
     def _render(self, row: Row) -> str:
         if self.chat:
             messages = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else list(row.prompt)
-            text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self.chat_args
+            )
             return text
         if not isinstance(row.prompt, str):
             raise ValueError("expected a prompt of text, got chat messages; set chat to true")

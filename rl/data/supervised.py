@@ -6,14 +6,14 @@ generates token by token will have to write it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rl.data.encoding import PLACEHOLDER, PromptEncoder
-from rl.data.sources import Row, raise_bad_rows
+from rl.data.sources import BadRow, Row, raise_bad_rows
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def sft_examples(
     *,
     template: str = PLACEHOLDER,
     chat: bool = False,
+    chat_args: Mapping[str, Any] | None = None,
     max_prompt_tokens: int | None = None,
     answer_template: str = "{answer}",
 ) -> list[SupervisedExample]:
@@ -49,7 +50,7 @@ def sft_examples(
         rows: take them from a seed (or file) that is used for nothing else.
         tokenizer: a Hugging Face tokenizer with an end-of-sequence token.
         template: see ``PromptEncoder``.
-        chat: see ``PromptEncoder``.
+        chat, chat_args: see ``PromptEncoder``.
         max_prompt_tokens: longest prompt allowed; None for no limit.
         answer_template: text around each answer, with ``{answer}`` where it goes.
 
@@ -61,10 +62,10 @@ def sft_examples(
         raise ValueError("expected a tokenizer with an end-of-sequence token; set tokenizer.eos_token")
     if "{answer}" not in answer_template:
         raise ValueError(f"expected an answer template with {{answer}}, got {answer_template!r}")
-    problems = [f"{row.origin or 'row'}: expected an answer as text, got none" for row in rows if not row.answer]
+    problems = [BadRow(row.origin or "row", "expected an answer as text, got none") for row in rows if not row.answer]
     raise_bad_rows("supervised pairs", problems, len(rows))
 
-    prompts = PromptEncoder(tokenizer, template, chat, max_prompt_tokens).encode(rows)
+    prompts = PromptEncoder(tokenizer, template, chat, max_prompt_tokens, chat_args or {}).encode(rows)
     examples = []
     for row, prompt in zip(rows, prompts, strict=True):
         answer = answer_template.replace("{answer}", str(row.answer))

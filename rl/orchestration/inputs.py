@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rl.config import ConfigError, RunConfig, SourceSection, Violation
 from rl.data.dataset import PromptDataset
-from rl.data.sources import Row, digest, drop_overlap, overlap, read_jsonl, reasoning_gym_rows
+from rl.data.files import Columns, read_files
+from rl.data.sources import (
+    BadRow,
+    Row,
+    check_labels,
+    drop_overlap,
+    listing,
+    overlap,
+    raise_bad_rows,
+    reasoning_gym_rows,
+)
 from rl.data.supervised import SupervisedExample, sft_examples
+from rl.files import write_json_lines
 from rl.models.architecture import Architecture
+from rl.rewards.loading import label_check
 
 
 @dataclass
@@ -48,49 +61,114 @@ def load_tokenizer(path: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(path))
 
 
-def _rows(source: SourceSection) -> list[Row]:
+def _rows(config: RunConfig, path: str, source: SourceSection, bad: list[BadRow]) -> list[Row]:
+    """Rows of a source that can be used; the others are an error, or added to ``bad`` (``data.on_bad_row``).
+
+    Args:
+        config: of the run.
+        path: the source's field, for messages.
+        source: where rows come from.
+        bad: rows left out so far.
+
+    Raises:
+        DataError: rows that cannot be used, or none that can.
+    """
+    reward = config.reward
+    found: list[BadRow] = []
     if source.files is not None:
-        return read_jsonl(source.files[0], source.size)
-    assert source.reasoning_gym is not None  # rl.config.rules
-    assert source.size is not None
-    assert source.seed is not None
-    return reasoning_gym_rows(source.reasoning_gym, source.size, source.seed, source.args)
+        columns = Columns(source.prompt_key, source.label_key, label_optional=reward.needs_label is False)
+        rows, found = read_files(source.files, columns, source.size)
+        name = ", ".join(map(str, source.files))
+    else:
+        assert source.reasoning_gym is not None  # rl.config.rules
+        assert source.size is not None
+        assert source.seed is not None
+        rows = reasoning_gym_rows(source.reasoning_gym, source.size, source.seed, source.args)
+        name = f"reasoning-gym task {source.reasoning_gym!r}"
+    count = len(rows) + len(found)
+    check = label_check(reward.path, reward.args, reward.needs_label)
+    if check is not None:
+        rows, refused = check_labels(rows, check)
+        found += refused
+    if config.data.on_bad_row == "error" or not rows:
+        raise_bad_rows(f"{path}: {name}", found, count)
+    bad += found
+    return rows
 
 
 def load_data(config: RunConfig, tokenizer: Any) -> Data:
-    """All prompts of a run; held-out problems that are in the training data too are dropped."""
+    """All prompts of a run; held-out problems that are in the training data too are dropped.
+
+    With ``data.on_bad_row: skip``, rows that cannot be used are left out, counted on the terminal, and listed in
+    ``skipped_rows.jsonl`` of the run directory.
+
+    Raises:
+        ConfigError: a chat template that the tokenizer does not have.
+        DataError: rows that cannot be used, all named; or none that can.
+    """
     section, warmup = config.data, config.warmup
+    if section.chat and not getattr(tokenizer, "chat_template", None):
+        message = (
+            f"expected a tokenizer with a chat template, the one in {config.model.path} has none; add "
+            "chat_template.jinja to that directory, or set data.chat to false and use data.prompt_template."
+        )
+        raise ConfigError("data.chat", [Violation("data.chat", message)])
     encoding = {
         "template": section.prompt_template,
         "chat": section.chat,
+        "chat_args": section.chat_args,
         "max_prompt_tokens": section.max_prompt_tokens,
     }
-    train_rows = _rows(section.train)
+    skip = section.on_bad_row == "skip"
+    skipped: dict[str, list[BadRow]] = {"train": [], "eval": []}
+    train_rows = _rows(config, "data.train", section.train, skipped["train"])
     solved_rows: list[Row] = []
     if warmup.steps:
         wanted = warmup.examples or warmup.steps * warmup.batch_size
         source = section.train.model_copy(update={"size": wanted, "seed": warmup.examples_seed})
-        # A file has no generator to ask for other problems: the warm-up then learns the training problems' labels.
-        solved_rows = _rows(source) if section.train.reasoning_gym else train_rows[:wanted]
+        solved_rows = _rows(config, "warmup", source, skipped["train"])
     held_out = None
-    digests = {"train": digest(train_rows)}
     if section.eval is not None:
-        eval_rows = _rows(section.eval)
+        eval_rows = _rows(config, "data.eval", section.eval, skipped["eval"])
         seen = [*train_rows, *solved_rows]
         if shared := overlap(seen, eval_rows):
             print(f"data: {shared} of {len(eval_rows)} held-out problems are in the training data too; dropped")
-        eval_rows = drop_overlap(seen, eval_rows)[: config.evaluation.prompts]
-        digests["eval"] = digest(eval_rows)
-        held_out = PromptDataset(eval_rows, tokenizer, shuffle=False, split="eval", **encoding)
+        held_out = PromptDataset(
+            drop_overlap(seen, eval_rows),
+            tokenizer,
+            shuffle=False,
+            split="eval",
+            limit=config.evaluation.prompts,
+            skip_bad=skip,
+            **encoding,
+        )
+        skipped["eval"] += held_out.skipped
     examples = (
         sft_examples(solved_rows, tokenizer, answer_template=warmup.answer_template, **encoding) if solved_rows else []
     )
-    return Data(
-        train=PromptDataset(train_rows, tokenizer, seed=config.run.seed, shuffle=section.shuffle, **encoding),
-        held_out=held_out,
-        warmup=examples,
-        digests=digests,
+    train = PromptDataset(
+        train_rows, tokenizer, seed=config.run.seed, shuffle=section.shuffle, skip_bad=skip, **encoding
     )
+    skipped["train"] += train.skipped
+    _report_skipped(config.output_dir, skipped)
+    digests = {"train": train.digest} | ({"eval": held_out.digest} if held_out else {})
+    return Data(train=train, held_out=held_out, warmup=examples, digests=digests)
+
+
+def _report_skipped(run_directory: Path, skipped: Mapping[str, Sequence[BadRow]]) -> None:
+    """Say which rows are left out, and keep the list."""
+    lines = [
+        {"split": split, "place": row.place, "reason": row.reason} for split, rows in skipped.items() for row in rows
+    ]
+    path = run_directory / "skipped_rows.jsonl"
+    path.unlink(missing_ok=True)
+    if not lines:
+        return
+    run_directory.mkdir(parents=True, exist_ok=True)
+    write_json_lines(path, lines)
+    for split, rows in skipped.items():
+        if rows:
+            print(f"data: {len(rows)} rows of {split} cannot be used and are skipped ({path}):\n  {listing(rows)}")
 
 
 def stop_token_ids(config: RunConfig, tokenizer: Any) -> tuple[int, ...]:

@@ -1,9 +1,10 @@
 """Rewards of many samples at once, each with a time limit.
 
-1. At most ``concurrency`` calls run at a time; a call's time limit starts with the call.
+1. At most ``concurrency`` calls run at a time; a call's time limit starts with the call. A call is for one sample, or,
+   if the function takes groups, for all samples of one prompt.
 2. A synchronous function runs in a thread of its own; a coroutine runs on one event loop that all calls share.
-3. Whatever goes wrong in a call (an exception, the time limit, a result that is no finite number) ends up in that
-   sample's ``reward_error``; the others are not touched.
+3. Whatever goes wrong in a call (an exception, the time limit, a result that is no finite number) ends up in the
+   ``reward_error`` of its sample or samples; the others are not touched.
 4. ``score`` returns within about the time limit x ceil(samples / concurrency), whatever the functions do: a call past
    its limit is left behind. A coroutine is cancelled; a thread cannot be, so it runs on until it returns, or the
    process ends. Only code that never releases the interpreter's lock (a runaway regular expression) can hold up the
@@ -20,7 +21,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 from rl.rewards.loading import Reward, RewardLoadError, load_reward
 from rl.types import Sample
@@ -28,6 +30,10 @@ from rl.types import Sample
 __all__ = ["OnError", "Reward", "RewardLoadError", "RewardRunner", "load_reward"]
 
 OnError = Literal["zero", "drop"]
+Outcome = float | str | list[float | str]
+"""Of a call: a reward, what went wrong, or one of both for each sample of a group."""
+
+T = TypeVar("T")
 MAX_ERROR_CHARACTERS = 1000
 LOOP_ANSWER_S = 1.0
 
@@ -73,22 +79,35 @@ class RewardRunner:
     def score(self, samples: Sequence[Sample]) -> list[Sample]:
         """The same samples in the same order, with ``reward`` set, and ``reward_error`` where the call failed."""
         scored: list[Sample | None] = [None] * len(samples)
-        running: dict[Future[Any], tuple[int, float]] = {}
-        next_index = 0
-        while next_index < len(samples) or running:
-            while next_index < len(samples) and len(running) < self._concurrency:
-                future = self._start(samples[next_index])
-                running[future] = (next_index, time.monotonic() + self._timeout_s)
-                next_index += 1
+        calls = self._calls(samples)
+        running: dict[Future[Any], tuple[list[int], float]] = {}
+        started = 0
+        while started < len(calls) or running:
+            while started < len(calls) and len(running) < self._concurrency:
+                future = self._start([samples[index] for index in calls[started]])
+                running[future] = (calls[started], time.monotonic() + self._timeout_s)
+                started += 1
             first_deadline = min(deadline for _, deadline in running.values())
             done, _ = wait(running, max(0.0, first_deadline - time.monotonic()), FIRST_COMPLETED)
             for future in done:
-                index, _ = running.pop(future)
-                scored[index] = self._finished(samples[index], future)
+                indices, _ = running.pop(future)
+                for index, outcome in zip(indices, _each(future.result(), len(indices)), strict=True):
+                    scored[index] = self._finished(samples[index], outcome)
             for future in [f for f, (_, deadline) in running.items() if deadline <= time.monotonic()]:
-                index, _ = running.pop(future)
-                scored[index] = self._failed(samples[index], self._give_up(future))
+                indices, _ = running.pop(future)
+                error = self._give_up(future)
+                for index in indices:
+                    scored[index] = self._failed(samples[index], error)
         return [sample for sample in scored if sample is not None]
+
+    def _calls(self, samples: Sequence[Sample]) -> list[list[int]]:
+        """Which samples each call is for: one, or all of one prompt."""
+        if not self._reward.of_groups:
+            return [[index] for index in range(len(samples))]
+        groups: dict[str, list[int]] = {}
+        for index, sample in enumerate(samples):
+            groups.setdefault(sample.prompt.uid, []).append(index)
+        return list(groups.values())
 
     def close(self) -> None:
         """Stop the event loop, if there is one."""
@@ -96,28 +115,37 @@ class RewardRunner:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop = None
 
-    def _start(self, sample: Sample) -> Future[Any]:
+    def _start(self, samples: Sequence[Sample]) -> Future[Any]:
+        """The future is that of an ``Outcome``; it never raises."""
         if self._reward.is_async:
             if self._loop is None:
                 self._loop = _start_loop()
-            return asyncio.run_coroutine_threadsafe(self._call_async(sample), self._loop)
+            return asyncio.run_coroutine_threadsafe(self._call_async(samples), self._loop)
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()  # from here on a cancel is ignored: the thread will set its result
 
         def call() -> None:
-            future.set_result(_outcome(lambda: _number(self._reward.call(sample, self._args))))
+            future.set_result(_outcome(lambda: self._numbers(self._reward.call(self._given(samples), self._args))))
 
-        threading.Thread(target=call, name=f"reward {sample.sample_id}", daemon=True).start()
+        threading.Thread(target=call, name=f"reward {samples[0].sample_id}", daemon=True).start()
         return future
 
-    async def _call_async(self, sample: Sample) -> float | str:
+    async def _call_async(self, samples: Sequence[Sample]) -> Outcome:
         try:
-            return _number(await self._reward.call(sample, self._args))
+            return self._numbers(await self._reward.call(self._given(samples), self._args))
         except BaseException as error:  # SystemExit too: it would end the loop that other calls run on
             return _error_text(error)
 
-    def _finished(self, sample: Sample, future: Future[Any]) -> Sample:
-        outcome = future.result()
+    def _given(self, samples: Sequence[Sample]) -> Sample | Sequence[Sample]:
+        return samples if self._reward.of_groups else samples[0]
+
+    def _numbers(self, value: Any) -> Outcome:
+        """Of a call's result: its number, or those of a group, each or what is wrong with it."""
+        if not self._reward.of_groups:
+            return _number(value, self._reward.key)
+        return [_outcome(partial(_number, item, self._reward.key)) for item in _items(value)]
+
+    def _finished(self, sample: Sample, outcome: float | str) -> Sample:
         if isinstance(outcome, str):
             return self._failed(sample, outcome)
         return replace(sample, reward=outcome, reward_error=None)
@@ -138,23 +166,53 @@ class RewardRunner:
         return text
 
 
-def _outcome(call: Callable[[], float]) -> float | str:
-    """The number, or the text of what was raised (SystemExit and the like included)."""
+def _outcome(call: Callable[[], T]) -> T | str:
+    """What is returned, or the text of what was raised (SystemExit and the like included)."""
     try:
         return call()
     except BaseException as error:
         return _error_text(error)
 
 
-def _number(value: Any) -> float:
-    """A reward as a float: numbers, booleans, numpy and torch scalars, and verl's dicts with ``score``.
+def _each(outcome: Outcome, count: int) -> Sequence[float | str]:
+    """The outcome of each of a call's samples."""
+    if not isinstance(outcome, list):
+        return [outcome] * count
+    if len(outcome) != count:
+        return [f"ValueError: expected {count} rewards, one for each sample, got {len(outcome)}"] * count
+    return outcome
+
+
+def _items(value: Any) -> list[Any]:
+    """The rewards of a group.
+
+    Raises:
+        TypeError: not a list of them.
+    """
+    if asyncio.iscoroutine(value):
+        _number(value)
+    if hasattr(value, "tolist") and getattr(value, "ndim", None) == 1:
+        value = value.tolist()
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"expected a list of rewards, got {type(value).__qualname__}: {str(value)[:100]!r}")
+    return list(value)
+
+
+def _number(value: Any, key: str | None = None) -> float:
+    """A reward as a float: numbers, booleans, numpy and torch scalars, and mappings with ``key`` (verl's ``score``).
 
     Raises:
         TypeError: not a number.
-        ValueError: NaN or infinite.
+        ValueError: NaN or infinite, or a mapping without that key.
     """
-    if isinstance(value, Mapping) and "score" in value:
-        value = value["score"]
+    if isinstance(value, Mapping):
+        name = key or "score"
+        if name not in value:
+            raise ValueError(
+                f"expected a mapping with {name!r}, got one with {', '.join(sorted(map(str, value))) or 'nothing'}; "
+                "set reward_key in reward.args"
+            )
+        value = value[name]
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         value = value.item()
     if asyncio.iscoroutine(value):

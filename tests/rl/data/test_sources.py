@@ -1,4 +1,4 @@
-"""Rows from files and from reasoning-gym: what is read, what is refused, and how."""
+"""Rows from reasoning-gym, and what is the same about rows of all sources."""
 
 from __future__ import annotations
 
@@ -15,86 +15,8 @@ from rl.data.sources import (
     digest,
     drop_overlap,
     overlap,
-    read_jsonl,
     reasoning_gym_rows,
 )
-
-
-def write(path, *lines):
-    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
-    return path
-
-
-def test_text_and_chat_rows(tmp_path):
-    path = write(
-        tmp_path / "a.jsonl",
-        b"\xef\xbb\xbf" + json.dumps({"prompt": "1+1?", "label": "2", "level": [3]}).encode(),
-        "",
-        '{"label": null, "prompt": [{"role": "system", "content": ""}, {"role": "user", "content": "Gr\u00fc\u00df"}]}'
-        "\r",
-    )
-    first, second = read_jsonl(path)
-    assert first == Row("1+1?", "2", {"level": [3]}, answer="2", origin="a.jsonl:1")
-    assert second.prompt[1]["content"] == "Gr\u00fc\u00df"
-    assert (second.label, second.metadata, second.answer, second.origin) == (None, {}, None, "a.jsonl:3")
-    assert read_jsonl(path, limit=1) == [first]
-
-
-GOOD = '{"prompt": "p", "label": 1}'
-BAD = [
-    ("{", "expected a JSON object"),
-    ("[1]", "expected a JSON object with prompt and label, got a list"),
-    ("3", "got a number"),
-    ('{"prompt": "p"}', "label missing (found prompt); write null if the reward needs no label"),
-    ('{"question": "p", "label": 1}', "prompt missing (found label, question)"),
-    ("{}", "prompt and label missing (found no keys)"),
-    ('{"prompt": "", "label": 1}', "prompt: expected text, got none"),
-    ('{"prompt": " \\n", "label": 1}', "prompt: expected text, got none"),
-    ('{"prompt": null, "label": 1}', "prompt: expected text or a list of chat messages, got null"),
-    ('{"prompt": true, "label": 1}', "got a boolean"),
-    ('{"prompt": [], "label": 1}', "prompt: expected chat messages, got an empty list"),
-    ('{"prompt": ["hi"], "label": 1}', "prompt[0]: expected an object with role and content, got text"),
-    ('{"prompt": [{"role": "user"}], "label": 1}', "prompt[0].content: expected text, got null or nothing"),
-    ('{"prompt": [{"role": 1, "content": "a"}], "label": 1}', "prompt[0].role: expected text, got a number"),
-    ('{"prompt": [{"role": "assistant", "content": "a"}], "label": 1}', "got the assistant's own"),
-    ('{"prompt": "p", "prompt": "q", "label": 1}', "expected each key once, got prompt twice"),
-    ('{"prompt": "p", "label": NaN}', "expected JSON numbers, got NaN"),
-    ('{"prompt": "p", "label": 1e999}', "Out of range float"),
-    ('{"prompt": "\\ud800", "label": 1}', "half of a surrogate pair"),
-    (b'{"prompt": "\xff", "label": 1}', "expected UTF-8 text, byte 12 is not"),
-    ('{"prompt": "p", "label": ' + "[" * 200_000 + "]" * 200_000 + "}", "nested too deeply"),
-]
-
-
-@pytest.mark.parametrize(("line", "expected"), BAD, ids=range(len(BAD)))
-def test_a_bad_row_is_named_with_file_and_line(tmp_path, line, expected):
-    path = write(tmp_path / "b.jsonl", GOOD, line, GOOD)
-    with pytest.raises(DataError) as error:
-        read_jsonl(path)
-    assert f"{path}:2: " in str(error.value)
-    assert expected in str(error.value)
-    assert "1 of 3 rows" in str(error.value)
-    assert len(str(error.value)) < 500 + len(str(path)) * 2
-
-
-def test_all_bad_rows_are_collected_and_twenty_shown(tmp_path):
-    path = write(tmp_path / "c.jsonl", *[GOOD, "[]"] * 30)
-    with pytest.raises(DataError) as error:
-        read_jsonl(path)
-    assert "30 of 60 rows cannot be used" in str(error.value)
-    assert re.findall(r"c\.jsonl:(\d+): ", str(error.value)) == [str(2 * n) for n in range(1, 21)]
-    assert "and 10 more" in str(error.value)
-    # Rows beyond the limit are not looked at.
-    assert len(read_jsonl(path, limit=1)) == 1
-
-
-def test_files_that_cannot_be_used(tmp_path):
-    with pytest.raises(DataError, match="No such file"):
-        read_jsonl(tmp_path / "missing.jsonl")
-    with pytest.raises(DataError, match="Is a directory"):
-        read_jsonl(tmp_path)
-    with pytest.raises(DataError, match="has no rows"):
-        read_jsonl(write(tmp_path / "empty.jsonl", " ", ""))
 
 
 def test_reasoning_gym_rows():

@@ -74,7 +74,7 @@ def test_verl_functions_get_what_verl_gives(make_sample):
     [
         ("plain", "expected an import path like package.module:function"),
         ("my_rewards:", "expected an import path"),
-        ("../x.py:f", "expected an import path"),
+        ("../x.py:f", "expected a Python file, found none at ../x.py"),
         ("no_such_module:f", "there is no module 'no_such_module'"),
         ("my_rewards.sub:f", "there is no module 'my_rewards.sub'"),
         ("my_rewards:plane", "my_rewards has no 'plane'; did you mean plain"),
@@ -82,7 +82,7 @@ def test_verl_functions_get_what_verl_gives(make_sample):
         ("broken:f", "importing broken failed: ZeroDivisionError: division by zero"),
         ("my_rewards:NUMBER", "expected a function, got a int"),
         ("my_rewards:Scorer", "expected a function, got the class Scorer"),
-        ("my_rewards:one", "has the signature (sample); expected (sample, args) or verl's"),
+        ("my_rewards:one", "has the signature (sample); expected (sample, args), verl's"),
         ("my_rewards:keyword_only", "expected (sample, args)"),
         ("my_rewards:three", "missing a required argument: 'model'"),
     ],
