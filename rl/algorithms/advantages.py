@@ -383,12 +383,6 @@ ADVANTAGES: dict[str, AdvantageFn] = {
 PER_TOKEN = frozenset({"gae", "reinforce++"})
 """Estimators that take rewards of single tokens, such as a KL penalty; the others take one reward per sample."""
 
-WHITENED = frozenset({"reinforce++", "reinforce++_baseline"})
-"""Estimators that always whiten over the batch, so they need all of it at once; gae does where ``whiten`` says so."""
-
-COMPARED = frozenset({"dr_grpo", "grpo", "reinforce++_baseline", "rloo"})
-"""Estimators that compare samples of one prompt: with one sample each, every advantage is 0."""
-
 
 def get_advantage_fn(name: str) -> AdvantageFn:
     """The estimator of that name.

@@ -5,7 +5,15 @@ config.trainer.optimizer.lr
 print(to_yaml(config))
 """
 
-from rl.config.algorithm import AlgorithmSection, GAESection, ImportanceSection, KLSection, RoutesSection
+from rl.config.algorithm import (
+    AlgorithmSection,
+    DynamicSamplingSection,
+    GAESection,
+    ImportanceSection,
+    KLSection,
+    OverlongSection,
+    RoutesSection,
+)
 from rl.config.data import DataSection, EvaluationSection, RewardSection, SourceSection, SuccessSection
 from rl.config.loading import ConfigError, describe, field_paths, from_dict, load, to_dict, to_yaml
 from rl.config.rules import Violation
@@ -36,6 +44,7 @@ __all__ = [
     "ConfigError",
     "CriticSection",
     "DataSection",
+    "DynamicSamplingSection",
     "EvaluationSection",
     "GAESection",
     "ImportanceSection",
@@ -44,6 +53,7 @@ __all__ = [
     "LoggingSection",
     "ModelSection",
     "OptimizerSection",
+    "OverlongSection",
     "ParallelSection",
     "RaySection",
     "ReferenceSection",

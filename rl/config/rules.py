@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from rl.config.algorithm_rules import algorithm
 from rl.config.critic_rules import critic
 from rl.config.data_rules import data
 from rl.config.fusion_rules import fuse
@@ -295,14 +296,6 @@ def _batches(config: RunConfig) -> Iterator[Violation]:
             f"each rank needs at least one ({product}); lower mini_batches or take more samples.",
             fields,
         )
-    compares = config.algorithm.advantage == "grpo" and not config.algorithm.zero_advantages
-    if config.data.samples_per_prompt < 2 and compares:
-        yield Violation(
-            "data.samples_per_prompt",
-            f"{config.algorithm.advantage} compares samples of one prompt: expected at least 2, came "
-            f"{config.data.samples_per_prompt} (every advantage would be 0); raise it.",
-            ("algorithm.advantage", "algorithm.zero_advantages"),
-        )
     size = config.data.train.size
     if size is not None and config.data.prompts_per_step > size:
         yield Violation(
@@ -329,18 +322,6 @@ def _routes(config: RunConfig) -> Iterator[Violation]:
             "algorithm.routes.compare_own_every",
             f"expected 0 because no pass replays routes, came {algorithm.routes.compare_own_every}; set it to 0.",
             ("algorithm.routes.train", "algorithm.routes.old_logprob", "rollout.capture_routes"),
-        )
-
-
-def _importance(config: RunConfig) -> Iterator[Violation]:
-    algorithm = config.algorithm
-    if isinstance(algorithm.importance.truncation, float) and algorithm.old_logprobs == "rollout":
-        yield Violation(
-            "algorithm.importance.truncation",
-            "it weighs recomputed old log-probs against rollout's, and algorithm.old_logprobs is rollout; "
-            "expected null, "
-            f"came {algorithm.importance.truncation}; set `old_logprobs: recompute` or truncation to null.",
-            ("algorithm.old_logprobs",),
         )
 
 
@@ -374,7 +355,7 @@ RULES: tuple[Rule, ...] = (
     _optimizer,
     _batches,
     _routes,
-    _importance,
+    algorithm,
     critic,
     stream,
     fuse,

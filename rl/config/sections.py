@@ -343,10 +343,11 @@ class RunConfig(Section):
     @property
     def importance_cap(self) -> float | None:
         """Cap of the importance weights between rollout and training, None for no weights."""
-        truncation = self.algorithm.importance.truncation
-        if truncation != "auto":
-            return truncation
-        return 2.0 if self.stream.staleness and self.algorithm.old_logprobs == "recompute" else None
+        importance = self.algorithm.importance
+        if importance.truncation != "auto":
+            return importance.truncation
+        stale = self.stream.staleness > 0 and self.algorithm.old_logprobs == "recompute"
+        return 2.0 if stale and importance.band is None else None
 
     @property
     def transfer_path(self) -> Literal["store", "nccl", "gloo", "ipc"]:

@@ -11,8 +11,9 @@ import torch
 
 from megatron_ultraep.layout import BatchLayout
 from megatron_ultraep.megatron.groups import ParallelLayout
-from rl.algorithms.advantages import AdvantageConfig, AdvantageInput, get_advantage_fn
-from rl.algorithms.losses import kl
+from rl.algorithms.advantages import PER_TOKEN, AdvantageConfig, AdvantageInput, get_advantage_fn
+from rl.algorithms.losses import PolicyLossConfig, kl
+from rl.algorithms.shaping import overlong_penalty
 from rl.algorithms.values import explained_variance
 from rl.config import RunConfig
 from rl.rollout.config import Sampling
@@ -73,6 +74,26 @@ def train_samples(samples: Sequence[Sample]) -> list[TrainSample]:
     return [TrainSample.from_sample(s) for s in samples]
 
 
+def policy_loss_config(config: RunConfig) -> PolicyLossConfig:
+    """The actor's loss, as the run says."""
+    section = config.algorithm
+    return PolicyLossConfig(
+        name=section.loss,
+        clip_low=section.clip_low,
+        clip_high=section.clip_high,
+        dual_clip=section.dual_clip,
+        aggregation=section.aggregation,
+        sequence_length=float(config.sampling.max_tokens),
+        kl_coef=section.kl.coef if section.kl.apply_in == "loss" else 0.0,
+        kl_estimator=section.kl.estimator,
+        kl_weighted=section.kl.weighted,
+        entropy_coef=section.entropy_coef,
+        importance_cap=config.importance_cap,
+        importance_band=section.importance.band,
+        importance_level=section.importance.level,
+    )
+
+
 def with_advantages(
     samples: Sequence[Sample],
     given: Sequence[TrainSample],
@@ -84,7 +105,8 @@ def with_advantages(
     """Add advantages (with a critic: values and returns too) and log-probs of the old policy and the reference.
 
     With the KL in the reward, each token's reward loses ``coef`` times its estimate; estimators that know one reward
-    per sample take the sum of them.
+    per sample take the sum of them. ``algorithm.overlong`` takes from rewards of long responses, and may leave those
+    that were cut off out of what is learnt; their rewards count in their groups all the same.
 
     Args:
         samples: rewarded.
@@ -94,7 +116,8 @@ def with_advantages(
     """
     algorithm = config.algorithm
     rewards = torch.tensor([float(s.reward or 0.0) for s in samples], dtype=torch.float64)
-    per_token = algorithm.advantage == "gae"
+    rewards, given, overlong_metrics = _overlong(samples, given, config, rewards)
+    per_token = algorithm.advantage in PER_TOKEN
     penalties = None
     if reference is not None and algorithm.kl.apply_in == "reward":
         penalties = [-algorithm.kl.coef * _kl(train, config, old, reference) for train in given]
@@ -125,7 +148,7 @@ def with_advantages(
     result = get_advantage_fn(algorithm.advantage)(batch, settings)
     if algorithm.zero_advantages:  # a critic still learns
         result = replace(result, advantages=torch.zeros_like(result.advantages))
-    metrics = {f"train/{name}": value for name, value in result.metrics.items()}
+    metrics = {f"train/{name}": value for name, value in result.metrics.items()} | overlong_metrics
     aligned = _aligned(samples, result.split(lengths))
     returns = None
     if result.returns is not None and batch.values is not None:
@@ -145,6 +168,27 @@ def with_advantages(
             )
         )
     return out, metrics
+
+
+def _overlong(
+    samples: Sequence[Sample], given: Sequence[TrainSample], config: RunConfig, rewards: torch.Tensor
+) -> tuple[torch.Tensor, Sequence[TrainSample], dict[str, float]]:
+    """Rewards ``[N]`` less the penalty of length; samples, those that were cut off with nothing to learn; metrics."""
+    overlong, longest = config.algorithm.overlong, config.sampling.max_tokens
+    metrics: dict[str, float] = {}
+    if buffer := overlong.buffer_tokens(longest):
+        lengths = torch.tensor([len(s.response_tokens) for s in samples])
+        penalty = overlong_penalty(lengths, longest, buffer, overlong.penalty)
+        rewards = rewards + penalty
+        metrics["train/overlong_penalty"] = float(penalty.mean()) if len(samples) else 0.0
+    if overlong.filter:
+        cut = [s.finish_reason == "length" for s in samples]
+        given = [
+            replace(train, loss_mask=np.zeros_like(train.loss_mask)) if left_out else train
+            for train, left_out in zip(given, cut, strict=True)
+        ]
+        metrics["train/overlong_filtered_fraction"] = float(np.mean(cut)) if cut else 0.0
+    return rewards, given, metrics
 
 
 def _kl(

@@ -17,6 +17,7 @@ from megatron_ultraep.telemetry.metrics import merge_groups
 from rl.ledger import StepRecord
 from rl.orchestration.ahead import Moved, Pass, Passes, merged_for_ledger, merged_metrics
 from rl.orchestration.critic import critic_metrics, train_critic
+from rl.orchestration.experience import policy_loss_config
 from rl.orchestration.setup import Run
 from rl.training.batch import MiniBatch, TrainSample
 from rl.training.group import StepOutcome
@@ -163,7 +164,7 @@ def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample], 
     """
     algorithm = run.config.algorithm
     mode = mode_of(run, algorithm.routes.train)
-    objective = PolicyObjective(run.policy_loss, run.settings(with_entropy=True), mode)
+    objective = PolicyObjective(policy_loss_config(run.config), run.settings(with_entropy=True), mode)
     tally, samples = Tally(), list(samples)
     for number, chosen in enumerate(passes.batches):
         mine = [samples[i] for i in chosen]
@@ -251,7 +252,19 @@ class Tally:
 def record(
     run: Run, prompts: Sequence[Prompt], samples: Sequence[Sample], trained: Trained, metrics: Mapping[str, float]
 ) -> None:
-    """Make the iteration a fact: its line in the ledger, then its metrics."""
+    """Make the iteration a fact: its line in the ledger, then its metrics.
+
+    Raises:
+        RuntimeError: dynamic sampling is asked for, and the batch was not filled by it.
+    """
+    filled, extra = run.feed.filled, {"optimizer_steps": trained.optimizer_steps, **trained.ahead}
+    if filled is not None:
+        extra["dynamic_sampling"] = filled.to_json()
+        metrics = {**metrics, **filled.metrics()}
+    elif run.config.algorithm.dynamic_sampling.enabled:
+        raise RuntimeError(
+            "algorithm.dynamic_sampling is enabled, but the feed of this run was made without max_rounds"
+        )
     run.ledger.append(
         StepRecord(
             step=run.step,
@@ -262,7 +275,7 @@ def record(
             route_digests={s.sample_id: short_digest(s.route_digests) for s in samples if s.route_digests is not None},
             rewards={n.removeprefix("rollout/"): v for n, v in metrics.items() if n.startswith("rollout/reward")},
             timings=dict(run.seconds),
-            extra={"optimizer_steps": trained.optimizer_steps, **trained.ahead},
+            extra=extra,
         )
     )
     run.metrics.log(run.step, metrics)

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from rl.config import ConfigError, describe, field_paths, from_dict, load, to_dict, to_yaml
+from rl.config.algorithm import PRESETS
 from rl.config.rules import RULES
 from rl.config.sections import RunConfig
 
@@ -199,6 +200,44 @@ def test_the_message_lists_one_violation_per_line():
     assert lines[2].startswith("  - sampling.top_k: ")
 
 
+def test_presets_set_defaults_that_fields_win_over():
+    plain, dapo = from_dict(BASE).algorithm, from_dict(changed(("algorithm.preset", "dapo"))).algorithm
+    assert (dapo.clip_low, dapo.clip_high, dapo.aggregation) == (0.2, 0.28, "token_mean")
+    assert dapo.dynamic_sampling.enabled
+    assert dapo.dynamic_sampling.max_rounds == plain.dynamic_sampling.max_rounds
+    assert dapo.overlong.buffer_tokens(256) == 51
+    mine = from_dict(
+        changed(
+            ("algorithm", {"preset": "dapo", "clip_high": 0.3, "dynamic_sampling": {"max_rounds": 3}}),
+            ("algorithm.overlong", {"buffer": 0}),
+        )
+    ).algorithm
+    assert mine.clip_high == 0.3
+    assert mine.dynamic_sampling.enabled
+    assert mine.dynamic_sampling.max_rounds == 3
+    assert mine.overlong.buffer_tokens(256) == 0
+    rloo = from_dict(changed(("algorithm", {"preset": "rloo", "kl": {"in": "loss"}}))).algorithm
+    assert (rloo.kl.estimator, rloo.kl.apply_in, rloo.loss) == ("k1", "loss", "ppo_sequence")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_resolve_and_load_again(preset):
+    config = from_dict(changed(("algorithm.preset", preset), *([("critic", {})] if preset == "ppo" else [])))
+    text = to_yaml(config)
+    assert f"preset: {preset}" in text
+    assert from_dict(yaml.safe_load(text)) == config
+    for name, value in PRESETS[preset].items():
+        shown = to_dict(config)["algorithm"][name]
+        assert {**shown, **value} == shown if isinstance(value, dict) else shown == value
+
+
+def test_an_unknown_preset_and_a_section_that_is_none_are_reported():
+    found = violations(("algorithm", {"preset": "grop", "clip_lo": 3}))
+    assert "'grpo'" in found["algorithm.preset"]
+    assert "clip_low" in found["algorithm.clip_lo"]
+    assert "a section" in violations(("algorithm", {"preset": "dapo", "overlong": 3}))["algorithm.overlong"]
+
+
 EP4 = [("trainer.ranks", 4), ("trainer.parallel.ep", 4)]
 PPO = [("algorithm.advantage", "gae"), ("critic", {})]
 TWO_TP = [("trainer.ranks", 2), ("trainer.parallel.tp", 2), ("trainer.sequence_parallel", True)]
@@ -307,6 +346,59 @@ BROKEN = [
         "algorithm.importance.truncation",
         "expected null",
     ),
+    (
+        [("algorithm.importance.band", [0.5, 5.0]), ("algorithm.old_logprobs", "rollout")],
+        "algorithm.importance.band",
+        "came [0.5, 5.0]",
+    ),
+    ([("algorithm.importance.band", [2, 1])], "algorithm.importance.band", "0 <= low < high"),
+    ([("algorithm.importance.level", "sequence")], "algorithm.importance.level", "nothing is weighed"),
+    (
+        [("algorithm.advantage", "rloo"), ("data.samples_per_prompt", 1)],
+        "data.samples_per_prompt",
+        "rloo compares samples",
+    ),
+    ([("algorithm.advantage", "reinforce++"), ("stream.pipelining", True)], "algorithm.advantage", "is whitened"),
+    ([("algorithm.loss", "ppo_sequence")], "algorithm.aggregation", "count lengths twice"),
+    (
+        [("algorithm", {"loss": "ppo_sequence", "aggregation": "sequence_mean", "advantage": "reinforce++"})],
+        "algorithm.loss",
+        "an advantage of its own",
+    ),
+    ([("algorithm", {"loss": "cispo", "dual_clip": 3.0})], "algorithm.dual_clip", "only ppo_clip"),
+    ([("algorithm.kl", {"weighted": True, "estimator": "k2"})], "algorithm.kl.weighted", "k1 and k3"),
+    ([("algorithm.kl", {"weighted": True, "in": "reward"})], "algorithm.kl.weighted", "in the reward"),
+    ([("algorithm.preset", "dapo"), ("run.steps", None)], "algorithm.dynamic_sampling.enabled", "set run.steps"),
+    ([("algorithm.preset", "dapo"), ("stream.staleness", 1)], "algorithm.dynamic_sampling.enabled", "under way"),
+    ([("algorithm.preset", "dapo"), ("stream.pipelining", True)], "algorithm.dynamic_sampling.enabled", "groups train"),
+    ([("algorithm.preset", "dapo"), ("fuse.tail.enabled", True)], "algorithm.dynamic_sampling.enabled", "fuse.tail"),
+    (
+        [("algorithm.preset", "dapo"), ("reward.model", {"path": "m"})],
+        "algorithm.dynamic_sampling.enabled",
+        "remove reward.model",
+    ),
+    (
+        [("algorithm.preset", "dapo"), ("data.samples_per_prompt", 1)],
+        "algorithm.dynamic_sampling.enabled",
+        "to 2 or more",
+    ),
+    ([("algorithm.overlong.buffer", 257)], "algorithm.overlong.buffer", "at most sampling.max_tokens = 256"),
+    (
+        [("algorithm.overlong.filter", True), ("sampling.forced_lengths", {"median": 9.0})],
+        "algorithm.overlong.filter",
+        "cuts off every response",
+    ),
+    *[
+        ([("algorithm", changes), ("stream.pipelining", True)], f"algorithm.{path}", "arrive one by one")
+        for changes, path in [
+            ({"preset": "gspo"}, "loss"),
+            ({"preset": "dr_grpo"}, "aggregation"),
+            ({"dual_clip": 3.0}, "dual_clip"),
+            ({"kl": {"weighted": True}}, "kl.weighted"),
+            ({"importance": {"band": [0.5, 5.0], "level": "sequence"}}, "importance.band"),
+            ({"importance": {"truncation": 2.0, "level": "sequence"}}, "importance.level"),
+        ]
+    ],
     ([("algorithm.advantage", "gae")], "algorithm.advantage", "no section `critic`"),
     ([("critic", {})], "critic", "advantage: gae"),
     ([*PPO, ("stream.pipelining", True)], "algorithm.gae.whiten", "set whiten: false"),
@@ -380,6 +472,12 @@ def test_broken_rules(changes, path, said):
 
 
 VALID = [
+    *[[("algorithm.preset", name)] for name in PRESETS if name != "ppo"],
+    [("algorithm.preset", "ppo"), ("critic", {}), ("data.samples_per_prompt", 1)],
+    [("algorithm.preset", "reinforce++"), ("data.samples_per_prompt", 1)],
+    [("algorithm.preset", "dapo"), ("algorithm.dynamic_sampling.enabled", False), ("stream.pipelining", True)],
+    [("algorithm.importance", {"band": [0, 5], "level": "sequence_mean"})],
+    [("algorithm.dual_clip", 3.0), ("algorithm.overlong", {"buffer": 256, "filter": True})],
     [*PPO, ("data.samples_per_prompt", 1), ("critic.warmup_steps", 2)],
     [*PPO, ("trainer.ranks", 4), ("critic.parallel", {"pp": 2, "ep": 2}), ("algorithm.gae.lam", 0.95)],
     [*PPO, ("stream.pipelining", True), ("algorithm.gae.whiten", False)],
