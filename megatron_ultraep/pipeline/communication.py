@@ -133,8 +133,9 @@ class Links:
         connections = list(self._connections())
         if self.device.type == "cuda":
             for connection in connections:
+                # Twice the limit: NCCL ends the process when it is over, and our watchdog shall have said why before.
                 self._groups[connection] = new_group(
-                    sorted((connection.source, connection.target)), timeout_s=timeout_s, backend="nccl"
+                    sorted((connection.source, connection.target)), timeout_s=2 * timeout_s, backend="nccl"
                 )
             self._bring_up(connections)
         else:
