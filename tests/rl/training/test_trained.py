@@ -124,7 +124,7 @@ def test_without_a_critic(ranks, directory, how, message):
         ranks(1).run(train_what_is_not_there, directory, how)
 
 
-def end_warmup(directory, layout, critic, reference):
+def end_warmup(directory, layout, critic, reference, dtype):
     """What reference and critic are after the actor has learnt: weights in logical order."""
     import torch.distributed as dist
 
@@ -133,10 +133,10 @@ def end_warmup(directory, layout, critic, reference):
     from rl.training.worker import SupervisedObjective
 
     own = ParallelLayout(world=dist.get_world_size(), **reference)
-    worker = critic_worker(directory, layout, critic, reference=True, reference_layout=own)
+    worker = critic_worker(directory, layout, critic, reference=True, reference_layout=own, dtype=dtype)
     samples = critic_samples(worker.actor.arch)
     worker.train(part_of(worker, "actor", samples), 0, SupervisedObjective(), lr=3e-3)
-    before = {n: t.numpy().copy() for n, t in export_weights(worker.critic)}
+    before = {n: t.float().numpy().copy() for n, t in export_weights(worker.critic)}
     worker.end_warmup()
     # A step of rate 0 shows what the optimizer holds of the weights.
     worker.train(part_of(worker, "critic", samples), 0, VALUES, model="critic", lr=0.0)
@@ -146,9 +146,9 @@ def end_warmup(directory, layout, critic, reference):
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_reference_and_critic_take_the_warm_weights_under_layouts_of_their_own(ranks, directory, dtype):
-    results = ranks(2).run(end_warmup, directory, {"ep": 2}, {"pp": 2}, {"tp": 2, "ep": 2})
+    results = ranks(2).run(end_warmup, directory, {"ep": 2}, {"pp": 2}, {"tp": 2, "ep": 2}, dtype)
     found = {name: {n: t for r in results for n, t in r[name].items()} for name in results[0]}
     assert worst(found["reference"], found["actor"]) == 0
     head = found["critic"].pop("score.weight")
