@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from megatron_ultraep.pipeline.problem import InvalidSchedule, PipelineModel, Problem, Schedule, Task
 from megatron_ultraep.pipeline.simulate import Timeline, simulate
@@ -57,8 +58,9 @@ def one_at_a_time(problem: Problem) -> Schedule:
 
 
 def serial_timelines(problem: Problem) -> tuple[Timeline, ...]:
-    """Every model's 1F1B alone."""
-    return tuple(simulate(one_f_one_b(problem, m)) for m in range(len(problem.models)))
+    """Every model's 1F1B alone, whether it fits the memory caps or not."""
+    uncapped = replace(problem, memory_cap=None)
+    return tuple(simulate(one_f_one_b(uncapped, m)) for m in range(len(problem.models)))
 
 
 def serial_makespan(problem: Problem) -> float:

@@ -26,6 +26,7 @@ from megatron_ultraep.pipeline.tables import Tables
 
 DRAWS = 150_000  # operations placed by rules in a round
 MOVES = 400_000_000  # operations simulated by annealing in a round
+MOST_DRAWS, MOST_MOVES = 200, 500_000
 CHUNKS = 8  # of a round's annealing; the clock is looked at between them
 COLD = 0.01  # last temperature, in mean durations
 SHARES = (0.25, 0.15, 0.08, 0.04, 0.02)  # by which the peak is to fall next
@@ -158,8 +159,8 @@ class _Search:
         self.tables = Tables.of(problem)
         self.drawer = Drawer(self.tables)
         operations = max(1, len(self.tables.node))
-        self.draws = max(8, DRAWS // operations)
-        self.moves = max(1000, MOVES // operations)
+        self.draws = min(MOST_DRAWS, max(8, DRAWS // operations))
+        self.moves = min(MOST_MOVES, max(CHUNKS, MOVES // operations))
         mean = float(self.tables.duration.mean())
         largest = float(self.tables.room.max())
         self.per_time = 1 / mean if mean > 0 else 1.0
