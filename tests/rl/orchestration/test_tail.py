@@ -115,7 +115,7 @@ def run(directory: Path, **changes: Any) -> list[dict[str, float]]:
         "rollout__engines": 2,
         "trainer__optimizer": {"lr": 1e-4},
         "algorithm__kl": {"coef": 0.01},
-        "algorithm__entropy_coef": 0.1,  # rewards are all alike: a gradient nevertheless
+        "reward__path": "tests.rl.orchestration.rewards:of_tokens",
         "evaluation__at_start": False,
         "evaluation__at_end": False,
         "checkpoint__every": 0,
@@ -128,16 +128,25 @@ def run(directory: Path, **changes: Any) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_beside_generation_the_same_numbers(tmp_path: Path) -> None:
-    """Trainer ranks of their own: nothing moves, and passes run whenever samples are there."""
-    plain = run(tmp_path / "plain")
-    found = run(tmp_path / "tail", fuse__tail={"enabled": True, "chunk_tokens": 100})
+@pytest.mark.parametrize("critic", [False, True], ids=["grpo", "ppo"])
+def test_beside_generation_the_same_numbers(tmp_path: Path, critic: bool) -> None:
+    """Trainer ranks of their own: nothing moves, and passes run whenever samples are there; a critic's too."""
+    names = ["train/loss", "train/grad_norm", "train/kl", "rollout/reward/mean"]
+    changes: dict[str, Any] = {}
+    if critic:
+        names += ["critic/loss", "critic/grad_norm", "critic/values/mean"]
+        changes = {"algorithm__advantage": "gae", "critic": {"parallel": {"pp": 2}}}
+    plain = run(tmp_path / "plain", **changes)
+    found = run(tmp_path / "tail", **changes, fuse__tail={"enabled": True, "chunk_tokens": 100})
     for mine, theirs in zip(found, plain, strict=True):
-        for name in ("train/loss", "train/grad_norm", "train/kl", "rollout/reward/mean"):
+        for name in names:
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-5), name
         assert mine["train/grad_norm"] > 0.01
         assert mine["fuse/tail/migrated_samples"] == 0
     assert sum(m["fuse/tail/hidden_fraction"] for m in found) > 0.2
+    if critic:
+        spans = {e["name"] for e in read_timeline(tmp_path / "tail" / "run" / "timeline.json")}
+        assert {"values", "reference", "old_logprob", "train_critic"} <= spans
     (reason,) = {line["extra"]["tail"]["reason"] for line in ledger_lines(tmp_path / "tail" / "run")}
     assert "devices of their own" in reason
 
