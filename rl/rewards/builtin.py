@@ -30,11 +30,7 @@ def reasoning_gym(sample: Sample, args: Mapping[str, Any]) -> float:
     """
     _check_args(args, {"full_credit_only"})
     label = sample.prompt.label
-    if not isinstance(label, Mapping) or not {"task", "args", "entry"} <= set(label):
-        raise ValueError(
-            f"expected a label with task, args and entry, got {str(label)[:100]!r}; "
-            "use this reward with data.train.reasoning_gym, or exact_match with a file"
-        )
+    _check_gym_label(label)
     answer = extract_answer(sample.response_text, args)
     if answer is None:
         return 0.0
@@ -56,14 +52,27 @@ def exact_match(sample: Sample, args: Mapping[str, Any]) -> float:
     """
     _check_args(args, {"ignore_case"})
     label = sample.prompt.label
+    _check_text_label(label)
     labels = label if isinstance(label, list) else [label]
-    if not labels or not all(isinstance(right, str | int | float) for right in labels):
-        raise ValueError(f"expected a label of text or a number, or a list of these, got {str(label)[:100]!r}")
     answer = extract_answer(sample.response_text, args)
     if answer is None:
         return 0.0
     fold: Callable[[str], str] = str.casefold if args.get("ignore_case") else str
     return float(any(fold(answer) == fold(str(right).strip()) for right in labels))
+
+
+def _check_gym_label(label: Any) -> None:
+    if not isinstance(label, Mapping) or not {"task", "args", "entry"} <= set(label):
+        raise ValueError(
+            f"expected a label with task, args and entry, got {str(label)[:100]!r}; "
+            "use this reward with data.train.reasoning_gym, or exact_match with a file"
+        )
+
+
+def _check_text_label(label: Any) -> None:
+    labels = label if isinstance(label, list) else [label]
+    if not labels or not all(isinstance(right, str | int | float) for right in labels):
+        raise ValueError(f"expected a label of text or a number, or a list of these, got {str(label)[:100]!r}")
 
 
 def extract_answer(text: str, args: Mapping[str, Any]) -> str | None:
@@ -106,3 +115,9 @@ def _check_args(args: Mapping[str, Any], own: set[str]) -> None:
     unknown = set(args) - own - _EXTRACTION
     if unknown:
         raise ValueError(f"unknown reward args {sorted(unknown)}; known are {sorted(own | _EXTRACTION)}")
+
+
+reasoning_gym.check_args = lambda args: _check_args(args, {"full_credit_only"})  # type: ignore[attr-defined]
+reasoning_gym.check_label = _check_gym_label  # type: ignore[attr-defined]
+exact_match.check_args = lambda args: _check_args(args, {"ignore_case"})  # type: ignore[attr-defined]
+exact_match.check_label = _check_text_label  # type: ignore[attr-defined]

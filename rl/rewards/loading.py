@@ -100,8 +100,11 @@ def load_reward(path: str, args: Mapping[str, Any] | None = None) -> Reward:
             ``"path/to/file.py:function"``. The current directory is searched last.
         args: what the function will be given; for verl's style they must be keyword arguments that it accepts.
 
+    A function may bring a check of its args as the attribute ``check_args`` (args -> None, raises ValueError).
+
     Raises:
-        RewardLoadError: nothing is found there, it fails to import, or it cannot be called in any of these ways.
+        RewardLoadError: nothing is found there, it fails to import, it refuses the args, or it cannot be called in any
+            of these ways.
     """
     function = _import(path)
     if inspect.isclass(function) or not callable(function):
@@ -113,6 +116,11 @@ def load_reward(path: str, args: Mapping[str, Any] | None = None) -> Reward:
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004 - objects with an async __call__
     )
+    if check := getattr(function, "check_args", None):
+        try:
+            check(_without_key(args or {}))
+        except ValueError as error:
+            raise RewardLoadError(f"reward {path!r}: {error}") from error
     names = list(signature.parameters)
     key = (args or {}).get("reward_key")
     if key is not None and not isinstance(key, str):
@@ -157,9 +165,8 @@ def label_check(
             if needs_label is False and label is None:
                 return
             if needs_label:
-                raise ValueError(
-                    f"expected a value because the reward needs one, got {'null' if label is None else label!r}"
-                )
+                shown = "null" if label is None else repr(label)
+                raise ValueError(f"expected a value because the reward needs one, got {shown}")
         if own is not None:
             own(label)
 

@@ -62,9 +62,6 @@ def _check_label(label: Any) -> None:
         raise ValueError(f"expected a mathematical expression as text, or a number, got {str(label)[:100]!r}")
 
 
-math_verify.check_label = _check_label  # type: ignore[attr-defined]
-
-
 def _settings(args: Mapping[str, Any]) -> dict[str, float]:
     unknown = set(args) - set(_DEFAULTS)
     if unknown:
@@ -74,6 +71,14 @@ def _settings(args: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise ValueError(f"expected {name} > 0 in the reward's args, got {value!r}")
     return settings
+
+
+def _check_args(args: Mapping[str, Any]) -> None:
+    _settings(args)
+
+
+math_verify.check_args = _check_args  # type: ignore[attr-defined]
+math_verify.check_label = _check_label  # type: ignore[attr-defined]
 
 
 def _pool(workers: int, memory_mib: int) -> ProcessPool:

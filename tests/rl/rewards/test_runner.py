@@ -221,3 +221,75 @@ def test_refusals():
     ]:
         with pytest.raises(ValueError, match=expected):
             runner(length, **settings)
+
+
+def group_runner(function, style="samples", key=None, **settings) -> RewardRunner:
+    reward = Reward("m:f", function, style, asyncio.iscoroutinefunction(function), key=key)
+    return RewardRunner(reward, {}, **{"timeout_s": 20.0, **settings})
+
+
+def misbehave_in_groups(samples, args):
+    values = [misbehave(sample, args) for sample in samples]
+    return values[:-1] if any(sample.response_text == "short" for sample in samples) else values
+
+
+async def misbehave_in_groups_async(samples, args):
+    return misbehave_in_groups(samples, args)
+
+
+@pytest.mark.parametrize("function", [misbehave_in_groups, misbehave_in_groups_async], ids=["sync", "async"])
+def test_groups_are_called_at_once_and_fail_on_their_own(function, make_sample):
+    groups = [["fine", "nan", "fine"], ["fine", "raise"], ["short", "fine"], ["fine", "fine"]]
+    samples = [make_sample(text, index=index) for index, texts in enumerate(groups) for text in texts]
+    # A group's samples need not be neighbours.
+    samples = samples[::2] + samples[1::2]
+    scored = {
+        index: [sample for sample in group_runner(function).score(samples) if sample.prompt.ordinal == index]
+        for index in range(4)
+    }
+    assert sorted(sample.reward for sample in scored[0]) == [0.0, 1.0, 1.0]
+    (bad,) = [sample for sample in scored[0] if sample.reward_error]
+    assert (bad.response_text, bad.reward_error) == ("nan", "ValueError: expected a finite number, got nan")
+    assert {sample.reward_error for sample in scored[1]} == {"KeyError: 'gone'"}
+    assert {sample.reward_error for sample in scored[2]} == {
+        "ValueError: expected 2 rewards, one for each sample, got 1"
+    }
+    assert [sample.reward for sample in scored[3]] == [1.0, 1.0]
+
+
+def test_what_groups_may_return(make_sample):
+    samples = [make_sample("a"), make_sample("b")]
+    for value in ([1, 2.0], (1, 2), np.array([1, 2]), torch.tensor([1.0, 2.0]), [{"score": 1}, {"score": 2}]):
+        scored = group_runner(lambda samples, args, value=value: value).score(samples)
+        assert [sample.reward for sample in scored] == [1.0, 2.0]
+    (first, _) = group_runner(lambda samples, args: 1.0).score(samples)
+    assert "expected a list of rewards, got float" in first.reward_error
+
+
+def test_a_group_that_hangs_costs_its_group(make_sample):
+    release = threading.Event()
+
+    def hang(samples, args):
+        if samples[0].response_text == "hang":
+            release.wait(60)
+        return [1.0] * len(samples)
+
+    samples = [make_sample(text, index=index) for index, text in enumerate(["hang", "fine"]) for _ in range(2)]
+    scored = group_runner(hang, timeout_s=0.5).score(samples)
+    release.set()
+    assert [sample.reward for sample in scored] == [0.0, 0.0, 1.0, 1.0]
+    assert all("within 0.5 s" in sample.reward_error for sample in scored[:2])
+
+
+def test_mappings_and_keys(make_sample):
+    def call(value, key=None):
+        (sample,) = group_runner(lambda sample, args: value, "sample", key).score([make_sample("")])
+        return sample.reward_error or sample.reward
+
+    assert call({"score": 2, "acc": 1}) == 2.0
+    assert call({"score": 2, "acc": 1}, "acc") == 1.0
+    assert (
+        call({"acc": 1})
+        == "ValueError: expected a mapping with 'score', got one with acc; set reward_key in reward.args"
+    )
+    assert "expected a mapping with 'x', got one with score" in call({"score": 1}, "x")
