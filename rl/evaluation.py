@@ -1,12 +1,13 @@
 """Evaluation samples on disk: written by the loop, read by the report, scored again by ``ultraep-rl verify-eval``.
 
-``<run>/eval/step_00012.jsonl`` holds one JSON object per line and held-out prompt, after 12 completed steps:
-uid, ordinal, epoch, prompt (text), prompt_tokens, label, metadata, response (text), response_tokens, finish_reason,
-reward, reward_error.
+``<run>/eval/step_00012.jsonl`` holds one JSON object per line and sample, after 12 completed steps: sample_id, uid (of
+the held-out prompt; several samples may share it), ordinal, epoch, prompt (text), prompt_tokens, label, metadata,
+response (text), response_tokens, finish_reason, reward, reward_error.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,18 +29,31 @@ class EvalResult:
     Attributes:
         step: completed steps.
         count: held-out prompts.
-        accuracy: fraction of them with a reward of at least `evaluation.correct_from`; a missing reward is wrong.
+        accuracy: avg@n: the fraction of a prompt's samples with a reward of at least `evaluation.correct_from`, mean
+            over prompts; a missing reward is wrong.
         reward_mean: mean reward; a missing reward counts 0.
+        samples: n, of each prompt.
+        pass_at: (k, pass@k) for k = 1, 2, 4, ..., n; empty for n = 1, where it is the accuracy.
     """
 
     step: int
     count: int
     accuracy: float
     reward_mean: float
+    samples: int = 1
+    pass_at: tuple[tuple[int, float], ...] = ()
 
 
-def summarize(step: int, rewards: Sequence[float | None], correct_from: float = 1.0) -> EvalResult:
-    """Accuracy and mean reward of one evaluation.
+def summarize(
+    step: int, rewards: Sequence[float | None], correct_from: float = 1.0, uids: Sequence[str] | None = None
+) -> EvalResult:
+    """Accuracy and mean reward of one evaluation, and pass@k where prompts were answered several times.
+
+    Args:
+        step: completed steps.
+        rewards: of samples, in any order.
+        correct_from: reward from which on a sample is correct.
+        uids: of the prompt of each sample; None: each has a prompt of its own.
 
     Raises:
         ValueError: there are no rewards.
@@ -48,9 +62,60 @@ def summarize(step: int, rewards: Sequence[float | None], correct_from: float = 
         raise ValueError(
             f"evaluation after step {step}: expected at least one sample, came none; set evaluation.prompts."
         )
-    values = [0.0 if reward is None else reward for reward in rewards]
-    correct = sum(reward is not None and reward >= correct_from - TOLERANCE for reward in rewards)
-    return EvalResult(step, len(values), correct / len(values), sum(values) / len(values))
+    correct: dict[object, list[bool]] = {}
+    for key, reward in zip(uids or range(len(rewards)), rewards, strict=True):
+        correct.setdefault(key, []).append(reward is not None and reward >= correct_from - TOLERANCE)
+    groups = list(correct.values())
+    accuracy = sum(sum(group) / len(group) for group in groups) / len(groups)
+    reward_mean = sum(0.0 if reward is None else reward for reward in rewards) / len(rewards)
+    samples = min(map(len, groups))
+    pass_at = tuple(
+        (k, sum(pass_at_k(len(group), sum(group), k) for group in groups) / len(groups)) for k in ks(samples)
+    )
+    return EvalResult(step, len(groups), accuracy, reward_mean, samples, pass_at)
+
+
+def summarize_samples(step: int, samples: Sequence[Sample], correct_from: float = 1.0) -> EvalResult:
+    """``summarize`` of scored samples."""
+    return summarize(step, [s.reward for s in samples], correct_from, [s.prompt.uid for s in samples])
+
+
+def ks(samples: int) -> tuple[int, ...]:
+    """Which k are of interest: powers of two below the number of samples, and that number; none for one sample."""
+    if samples < 2:
+        return ()
+    return (*(2**power for power in range(samples.bit_length()) if 2**power < samples), samples)
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Probability that at least one of k samples, drawn without replacement from all, is correct.
+
+    ``1 - C(samples - correct, k) / C(samples, k)``: the unbiased estimator of the probability that k new samples have a
+    correct one.
+
+    Args:
+        samples: of one prompt.
+        correct: of these.
+        k: 1 to ``samples``.
+
+    Source:
+        Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
+
+    Raises:
+        ValueError: numbers out of range.
+    """
+    if not 0 <= correct <= samples or not 1 <= k <= samples:
+        raise ValueError(f"expected 0 <= correct <= samples and 1 <= k <= samples, got {correct}, {samples}, k = {k}")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def eval_metrics(result: EvalResult) -> dict[str, float]:
+    """Of one evaluation, under the names of ``rl.metrics``."""
+    metrics = {"eval/accuracy": result.accuracy, "eval/reward/mean": result.reward_mean}
+    if result.samples > 1:
+        metrics[f"eval/avg@{result.samples}"] = result.accuracy
+        metrics |= {f"eval/pass@{k}": value for k, value in result.pass_at}
+    return metrics
 
 
 @dataclass(frozen=True)

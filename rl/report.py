@@ -17,7 +17,7 @@ import jinja2
 import yaml
 
 from rl.charts import Series, line_chart, stacked_chart
-from rl.evaluation import EvalResult, eval_files, judge, read_eval, summarize
+from rl.evaluation import EvalResult, eval_files, judge, read_eval, summarize_samples
 from rl.files import write_atomic
 from rl.ledger import Ledger
 from rl.metrics import read_metrics
@@ -248,9 +248,7 @@ def render(run_directory: Path) -> str:
     metrics = {"step": read_metrics(run_directory), "warmup_step": read_metrics(run_directory, "warmup_step")}
     samples = {step: read_eval(path) for step, path in eval_files(run_directory).items()}
     correct_from = _get(config, "evaluation.correct_from", 1.0)
-    results = [
-        summarize(step, [sample.reward for sample in found], correct_from) for step, found in samples.items() if found
-    ]
+    results = [summarize_samples(step, found, correct_from) for step, found in samples.items() if found]
     panels, missing = _panels(metrics, ledger)
     outcome, tone = OUTCOMES.get(sessions[-1].get("outcome"), (str(sessions[-1].get("outcome")), "warn"))
     return _template().render(
@@ -263,6 +261,7 @@ def render(run_directory: Path) -> str:
         panels=panels,
         missing=missing,
         results=_result_rows(results, config),
+        several=any(result.samples > 1 for result in results),
         comparisons=_comparisons(samples),
         sessions=sessions,
         summary=_summary(config),
@@ -401,10 +400,20 @@ def _result_rows(results: Sequence[EvalResult], config: Mapping[str, Any]) -> li
                 "accuracy": f"{result.accuracy:.1%}",
                 "interval": f"{low:.1%} to {high:.1%}",
                 "reward": f"{result.reward_mean:.3f}",
+                "samples": result.samples,
+                "pass_at": ", ".join(f"{value:.1%} @{k}" for k, value in result.pass_at),
                 "judgements": [judgement for judgement in judgements if judgement.step == result.step],
             }
         )
     return rows
+
+
+def _by_prompt(samples: Sequence[Sample]) -> dict[str, Sample]:
+    """The first sample of each prompt."""
+    found: dict[str, Sample] = {}
+    for sample in samples:
+        found.setdefault(sample.prompt.uid, sample)
+    return found
 
 
 def _comparisons(samples: Mapping[int, Sequence[Sample]]) -> list[Comparison]:
@@ -412,8 +421,7 @@ def _comparisons(samples: Mapping[int, Sequence[Sample]]) -> list[Comparison]:
     steps = [step for step, found in samples.items() if found]
     if not steps:
         return []
-    first = {sample.prompt.uid: sample for sample in samples[steps[0]]}
-    last = {sample.prompt.uid: sample for sample in samples[steps[-1]]}
+    first, last = _by_prompt(samples[steps[0]]), _by_prompt(samples[steps[-1]])
     shared = [uid for uid in last if uid in first] or list(last)
     shared.sort(key=lambda uid: uid not in first or first[uid].reward == last[uid].reward)
     found = []

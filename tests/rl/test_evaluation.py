@@ -1,10 +1,24 @@
 import dataclasses
+import itertools
 import json
 
 import numpy as np
 import pytest
 
-from rl.evaluation import EvalResult, drop_evals_after, eval_files, eval_path, judge, read_eval, summarize, write_eval
+from rl.evaluation import (
+    EvalResult,
+    drop_evals_after,
+    eval_files,
+    eval_metrics,
+    eval_path,
+    judge,
+    ks,
+    pass_at_k,
+    read_eval,
+    summarize,
+    summarize_samples,
+    write_eval,
+)
 from rl.types import Prompt, Sample
 
 
@@ -74,6 +88,51 @@ def test_summarize():
     assert summarize(3, [1.0 - 1e-12]).accuracy == 1.0
     with pytest.raises(ValueError, match="at least one sample"):
         summarize(3, [])
+
+
+def test_pass_at_k_by_hand():
+    # 2 of 4 are correct: of the 6 pairs, 1 has none.
+    assert pass_at_k(4, 2, 1) == 0.5
+    assert pass_at_k(4, 2, 2) == pytest.approx(5 / 6)
+    assert pass_at_k(4, 2, 3) == 1.0
+    assert pass_at_k(4, 0, 4) == 0.0
+    assert pass_at_k(200, 1, 100) == pytest.approx(0.5)
+    for arguments in [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)]:
+        with pytest.raises(ValueError, match="expected 0 <= correct"):
+            pass_at_k(*arguments)
+
+
+def test_pass_at_k_is_the_mean_over_all_choices():
+    rng = np.random.default_rng(5)
+    for _ in range(20):
+        correct = rng.random(int(rng.integers(1, 7))) < 0.4
+        for k in range(1, len(correct) + 1):
+            choices = [any(some) for some in itertools.combinations(correct, k)]
+            assert pass_at_k(len(correct), int(correct.sum()), k) == pytest.approx(np.mean(choices))
+
+
+def test_several_samples_of_a_prompt():
+    rewards = {"a": [1.0, 0.0, 1.0, None], "b": [0.0, 0.0, 0.0, 0.5]}
+    samples = [
+        make_sample(ordinal, reward, sample_id=f"eval/0/{ordinal}/{k}")
+        for k in range(4)
+        for ordinal, group in enumerate(rewards.values())
+        for reward in [group[k]]
+    ]
+    result = summarize_samples(3, samples)
+    assert (result.count, result.samples, result.accuracy, result.reward_mean) == (2, 4, 0.25, 2.5 / 8)
+    assert result.pass_at == ((1, 0.25), (2, pytest.approx(5 / 12)), (4, 0.5))
+    assert summarize_samples(3, samples, correct_from=0.5).pass_at[-1] == (4, 1.0)
+    assert eval_metrics(result) == {
+        "eval/accuracy": 0.25,
+        "eval/reward/mean": 2.5 / 8,
+        "eval/avg@4": 0.25,
+        "eval/pass@1": 0.25,
+        "eval/pass@2": pytest.approx(5 / 12),
+        "eval/pass@4": 0.5,
+    }
+    assert eval_metrics(summarize(3, [1.0])) == {"eval/accuracy": 1.0, "eval/reward/mean": 1.0}
+    assert [ks(n) for n in (1, 2, 3, 4, 6, 8)] == [(), (1, 2), (1, 2, 3), (1, 2, 4), (1, 2, 4, 6), (1, 2, 4, 8)]
 
 
 def results(*accuracies):

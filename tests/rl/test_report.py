@@ -147,6 +147,20 @@ def test_evaluations_thresholds_and_samples(tmp_path):
     assert html.count("step 0, reward 0.00") == 3
 
 
+def test_several_samples_of_each_prompt(tmp_path):
+    make_run(tmp_path, 2)
+    for step, right in ((0, 1), (2, 3)):
+        samples = [make_sample(i, float(k < right), sample_id=f"eval/0/{i}/{k}") for i in range(10) for k in range(4)]
+        write_eval(tmp_path, step, samples)
+    _, html = page(tmp_path)
+    rows = html.split("Held-out evaluation")[1].split("</table>")[0]
+    assert "pass@k" in rows
+    assert "25.0% @1, 50.0% @2, 100.0% @4" in rows
+    assert "75.0% @1, 100.0% @2, 100.0% @4" in rows
+    assert "25.0% → 75.0%" in html
+    assert ">10<" in rows
+
+
 def test_sessions_and_failure(tmp_path):
     make_run(tmp_path, 3, outcome=None)
     facts = {"versions": VERSIONS, "topology": {}, "data_digests": {}}
