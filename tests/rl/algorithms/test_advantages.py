@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from hypothesis import strategies as st
 
 from rl.algorithms.advantages import (
     ADVANTAGES,
+    PER_TOKEN,
     AdvantageConfig,
     AdvantageInput,
     get_advantage_fn,
     grpo,
+    rloo,
 )
+from rl.config.algorithm import COMPARED, WHITENED
 
 
 def test_grpo_by_hand():
@@ -59,6 +63,71 @@ def test_groups_do_not_depend_on_order_or_on_each_other():
     torch.testing.assert_close(grpo(rewards[order], group_ids[order]).advantages, whole[order])
     alone = group_ids == 4
     torch.testing.assert_close(grpo(rewards[alone], group_ids[alone]).advantages, whole[alone])
+
+
+def test_rloo_by_hand():
+    # Group 7: rewards 0, 0, 3; the others' means are 1.5, 1.5 and 0. Group 2: 1, 5. Group 4: single. Group 5: equal.
+    rewards = torch.tensor([0.0, 1.0, 0.0, 3.0, 5.0, 9.0, 0.1, 0.1])
+    group_ids = torch.tensor([7, 2, 7, 7, 2, 4, 5, 5])
+    result = rloo(rewards, group_ids)
+    torch.testing.assert_close(result.advantages, torch.tensor([-1.5, -4.0, -1.5, 3.0, 4.0, 0.0, 0.0, 0.0]))
+    assert (result.groups, result.single_groups, result.equal_groups) == (4, 1, 1)
+
+
+def test_dr_grpo_leaves_the_deviation_out_whatever_the_settings():
+    batch = AdvantageInput(torch.tensor([0.0, 2.0]), torch.tensor([0, 0]), torch.tensor([1, 2]))
+    assert ADVANTAGES["dr_grpo"](batch, AdvantageConfig(normalize_std=True)).advantages.tolist() == [-1, 1, 1]
+
+
+def test_reinforce_plus_plus_by_hand():
+    # Rewards 1 and -1 at the last learnt tokens, penalties before: to come 0.5, 1 | -1 (and one token not learnt).
+    # Mean of 0.5, 1, -1 is 1/6; deviations 1/3, 5/6, -7/6; variance (4 + 25 + 49) / 36 / 2 = 13/12.
+    batch = AdvantageInput(
+        rewards=torch.tensor([1.0, -1.0]),
+        group_ids=torch.tensor([0, 1]),
+        lengths=torch.tensor([2, 2]),
+        token_rewards=torch.tensor([-0.5, 0.0, 0.0, 9.0]),
+        learnt=torch.tensor([2, 1]),
+    )
+    result = ADVANTAGES["reinforce++"](batch, AdvantageConfig(lam=0.3, whiten=False))
+    std = (13 / 12) ** 0.5
+    torch.testing.assert_close(result.advantages, torch.tensor([1 / 3 / std, 5 / 6 / std, -7 / 6 / std, 0.0]))
+    assert result.returns is None
+    assert result.metrics["advantage_mean"] == pytest.approx(1 / 6)
+    # Discounted by 0.5: to come -0.5 + 0.5, 1 | -1.
+    half = ADVANTAGES["reinforce++"](batch, AdvantageConfig(gamma=0.5))
+    torch.testing.assert_close(half.advantages, torch.tensor([0.0, 1.0, -1.0, 0.0]))
+
+
+def test_reinforce_plus_plus_baseline_by_hand():
+    # Minus the group's mean: -1, 1 with 1 and 3 tokens, of which 1 and 1 are learnt: deviation sqrt(2).
+    batch = AdvantageInput(
+        torch.tensor([0.0, 2.0]), torch.tensor([0, 0]), torch.tensor([1, 3]), learnt=torch.tensor([1, 1])
+    )
+    result = ADVANTAGES["reinforce++_baseline"](batch, AdvantageConfig())
+    torch.testing.assert_close(result.advantages, torch.tensor([-(0.5**0.5), 0.5**0.5, 0.0, 0.0]))
+    assert result.metrics["groups"] == 1
+
+
+@pytest.mark.parametrize("name", sorted(set(ADVANTAGES) - {"zero"}))
+def test_what_the_configuration_says_of_estimators(name):
+    """Alone in their groups, samples of estimators that compare have advantage 0; others learn from their rewards."""
+    rewards = torch.tensor([1.0, 0.0, 3.0])
+    batch = AdvantageInput(rewards, torch.arange(3), torch.ones(3, dtype=torch.int64), values=torch.zeros(3))
+    result = ADVANTAGES[name](batch, AdvantageConfig(whiten=False))
+    assert bool((result.advantages == 0).all()) == (name in COMPARED)
+    # Whitened over the batch: twice the rewards are the same advantages.
+    groups = AdvantageInput(rewards, torch.zeros(3, dtype=torch.int64), batch.lengths, values=torch.zeros(3))
+    twice = ADVANTAGES[name](dataclasses.replace(groups, rewards=2 * rewards), AdvantageConfig(normalize_std=False))
+    once = ADVANTAGES[name](groups, AdvantageConfig(normalize_std=False))
+    assert torch.allclose(once.advantages, twice.advantages) == (name in WHITENED | {"gae"})
+    # Per token: a reward of a token is taken, or refused.
+    paid = dataclasses.replace(groups, token_rewards=torch.tensor([0.5, 0.0, 0.0]))
+    if name in PER_TOKEN:
+        assert not torch.allclose(ADVANTAGES[name](paid, AdvantageConfig()).advantages, once.advantages)
+    else:
+        with pytest.raises(ValueError, match=re.escape(name)):
+            ADVANTAGES[name](paid, AdvantageConfig())
 
 
 def test_integer_rewards_are_accepted():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl.algorithms.losses import (
+    POLICY_LOSSES,
     Normaliser,
     PolicyLossConfig,
     PolicyTokens,
@@ -47,7 +48,13 @@ def test_kl_by_hand():
     # policy 0.5, reference 0.25: x = log 2.
     new = logs(0.5).requires_grad_()
     x = math.log(2)
-    for estimator, value, gradient in [("k1", x, 1.0), ("k2", x * x / 2, x), ("k3", 0.5 - 1 + x, 1 - 0.5)]:
+    for estimator, value, gradient in [
+        ("k1", x, 1.0),
+        ("k2", x * x / 2, x),
+        ("k3", 0.5 - 1 + x, 1 - 0.5),
+        ("k1+", x, x),
+        ("k3+", 0.5 - 1 + x, x),
+    ]:
         estimate = kl(new, logs(0.25), estimator)
         (grad,) = torch.autograd.grad(estimate.sum(), new)
         assert estimate.item() == pytest.approx(value, abs=1e-12)
@@ -73,6 +80,16 @@ def test_kl_estimators_in_expectation():
     torch.testing.assert_close(gradient((p * kl(logp, ref, "k1")).sum()), torch.zeros(4, dtype=F64))
     torch.testing.assert_close(gradient((p * kl(logp, ref, "k2")).sum()), gradient(reverse))
     torch.testing.assert_close(gradient((p * kl(logp, ref, "k3")).sum()), gradient(forward))
+    for estimator in ("k1+", "k3+"):
+        estimate = (p * kl(logp, ref, estimator)).sum()
+        torch.testing.assert_close(estimate, reverse)
+        torch.testing.assert_close(gradient(estimate), gradient(reverse))
+    # Sampled by another policy, weighted with the ratio: value and gradient as if by this one.
+    old = torch.tensor([0.1, 0.7, -0.5, 0.2], dtype=F64).log_softmax(0)
+    for estimator in ("k1", "k3"):
+        estimate = (old.exp() * kl(logp, ref, estimator, weight=(logp - old).exp())).sum()
+        torch.testing.assert_close(estimate, reverse)
+        torch.testing.assert_close(gradient(estimate), gradient(reverse))
 
 
 def test_aggregate_by_hand():
@@ -87,6 +104,8 @@ def test_aggregate_by_hand():
     assert aggregate(values, mask, "token_mean", normaliser).item() == pytest.approx(7 / 3)
     # ((1 + 2) / 2 + 4) / 2
     assert aggregate(values, mask, "sequence_mean", normaliser, index).item() == pytest.approx(2.75)
+    # (1 + 2 + 4) / (2 sequences x 5 tokens)
+    assert aggregate(values, mask, "sequence_sum", normaliser, sequence_length=5.0).item() == pytest.approx(0.7)
     with pytest.raises(ValueError, match="sequence_token_counts"):
         aggregate(values, mask, "sequence_mean", Normaliser(3, 2), index)
     with pytest.raises(ValueError, match="choose token_mean"):
@@ -213,6 +232,81 @@ def test_any_packing_sums_to_the_full_batch(seed, lengths, mode, data):
         expected = sum(mean_loss(s) / s.mask.sum() for s in sequences if s.mask.any()) / totals[1]
     torch.testing.assert_close(whole[0], expected, rtol=1e-12, atol=1e-12)
     assert all(torch.isfinite(gradient).all() for gradient in whole[2])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=6),
+    name=st.sampled_from(sorted(POLICY_LOSSES)),
+    mode=st.sampled_from(["token_mean", "sequence_mean", "sequence_sum"]),
+    level=st.sampled_from(["token", "sequence", "sequence_mean"]),
+    cut=st.integers(1, 5),
+)
+def test_every_loss_adds_up_over_micro_batches(seed, lengths, name, mode, level, cut):
+    sequences = random_batch(seed, lengths)
+    config = PolicyLossConfig(
+        name=name,
+        aggregation=mode,
+        sequence_length=9.0,
+        kl_coef=0.3,
+        kl_weighted=True,
+        importance_cap=1.5,
+        importance_band=(0.6, 1.8),
+        importance_level=level,
+    )
+    counts = torch.tensor([int(s.mask.sum()) for s in sequences])
+    totals = (max(1.0, float(counts.sum())), max(1.0, float((counts > 0).sum())))
+    leaves = [s.logprobs for s in sequences]
+
+    def run(group: list[PolicyTokens]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        packed = pack(group)
+        mine = sequence_token_counts(packed.mask, packed.sample_index, len(group))
+        return policy_loss(packed, config, Normaliser(*totals, mine))
+
+    whole, sums = run(sequences)
+    parts = [run(group) for group in (sequences[:cut], sequences[cut:]) if group]
+    torch.testing.assert_close(sum(loss for loss, _ in parts), whole, rtol=1e-12, atol=1e-12)
+    for key, value in sums.items():
+        torch.testing.assert_close(sum(part[key] for _, part in parts), value, rtol=1e-12, atol=1e-12)
+    expected = torch.autograd.grad(whole, leaves)
+    together = torch.autograd.grad(sum(loss for loss, _ in parts), leaves)
+    torch.testing.assert_close(together, expected, rtol=1e-12, atol=1e-12)
+    assert all(torch.isfinite(row).all() for row in expected)
+
+
+def test_dropped_tokens_count_in_the_denominator():
+    # Ratios of old to rollout 4 (outside the band) and 1: the second token alone is learnt from, of two.
+    tokens = PolicyTokens(
+        logprobs=logs(0.8, 0.5).requires_grad_(),
+        advantages=torch.tensor([1.0, 1.0], dtype=F64),
+        mask=torch.ones(2, dtype=torch.bool),
+        sample_index=torch.zeros(2, dtype=torch.int64),
+        old_logprobs=logs(0.8, 0.5),
+        rollout_logprobs=logs(0.2, 0.5),
+    )
+    loss, sums = policy_loss(tokens, PolicyLossConfig(importance_band=(0.5, 2.0)), Normaliser(2, 1))
+    assert loss.item() == pytest.approx(-0.5)
+    assert sums["importance_dropped"].item() == 1
+    assert sums["importance_weight"].item() == pytest.approx(1)
+    loss.backward()
+    torch.testing.assert_close(tokens.logprobs.grad, torch.tensor([0, -0.5], dtype=F64))
+
+
+def test_settings_that_contradict_each_other():
+    config = PolicyLossConfig(
+        name="cispo",
+        dual_clip=0.5,
+        sequence_length=0,
+        kl_estimator="k3+",
+        kl_weighted=True,
+        importance_band=(2, 1),
+        importance_level="group",
+    )
+    found = "\n".join(config.violations())
+    for part in ("> 1 or null, got 0.5", "only ppo_clip", "> 0 tokens", "k1 and k3 only", "low < high", "got 'group'"):
+        assert part in found
+    assert not PolicyLossConfig(dual_clip=3.0, kl_weighted=True, importance_band=(0, 5)).violations()
 
 
 def test_without_recomputed_old_logprobs_the_ratio_is_against_rollout():
