@@ -131,6 +131,34 @@ def fields(
         _stop(USAGE, str(error))
 
 
+@app.command()
+def convert(
+    files: Annotated[list[Path], typer.Argument(metavar="INPUT... OUTPUT", help="JSONL or parquet files.")],
+    prompt_key: Annotated[
+        str | None, typer.Option(help="Column of the prompt, dots for inner ones; by default found by name.")
+    ] = None,
+    label_key: Annotated[str | None, typer.Option(help="Column of the label, likewise.")] = None,
+    no_label: Annotated[bool, typer.Option("--no-label", help="Labels are null.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out rows that cannot be used, and list them.")
+    ] = False,
+) -> None:
+    """Write data sets of other tools as one file with the columns prompt and label; all other columns are kept."""
+    from rl.data.convert import convert as convert_files
+    from rl.data.sources import DataError
+
+    if len(files) < 2:
+        _stop(USAGE, "expected at least one input and the output, came one file; see ultraep-rl convert --help")
+    *inputs, output = files
+    try:
+        result = convert_files(
+            inputs, output, prompt_key=prompt_key, label_key=label_key, no_label=no_label, skip_bad=skip_bad
+        )
+    except DataError as error:
+        _stop(USAGE, str(error))
+    typer.echo(result.render())
+
+
 def _run(config: RunConfig, resume: Path | None) -> int:
     """The loop's exit code; exceptions become codes here."""
     from rl.orchestration.sync import run
