@@ -237,7 +237,7 @@ def reinforce_plus_plus_advantages(batch: AdvantageInput, config: AdvantageConfi
         ValueError: see ``gae_advantages``.
 
     Source:
-        Hu et al., arXiv:2501.03262, equations 9-11.
+        Hu et al., arXiv:2501.03262, section 3.
     """
     zeros = torch.zeros(int(batch.lengths.sum()), dtype=torch.float64, device=batch.rewards.device)
     result = gae_advantages(replace(batch, values=zeros), replace(config, lam=1.0, whiten=True))
@@ -254,7 +254,7 @@ def reinforce_plus_plus_baseline_advantages(batch: AdvantageInput, config: Advan
         ValueError: see ``grpo``; or ``token_rewards`` are given, which an outcome estimator would ignore.
 
     Source:
-        Hu et al., arXiv:2501.03262, section 3.3 (REINFORCE++-baseline).
+        Hu et al., arXiv:2501.03262 (REINFORCE++-baseline).
     """
     _refuse_token_rewards("reinforce++_baseline", batch)
     result = _of_samples(batch, grpo(batch.rewards, batch.group_ids, normalize_std=False))

@@ -185,7 +185,7 @@ def rloo(batch: Batch) -> Tensor:
 
 
 def reinforce_plus_plus(batch: Batch) -> Tensor:
-    """REINFORCE++, equations 9 to 11: rewards to come, normalised over the batch's tokens."""
+    """REINFORCE++, section 3: rewards to come, normalised over the batch's tokens."""
     returns = []
     for i in range(len(batch.rewards)):
         rewards = token_rewards(batch, i)
