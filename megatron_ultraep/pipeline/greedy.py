@@ -8,7 +8,7 @@ tried by the hundred, rules alone come within a few percent of the lower bound, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class Rule:
 def caps(problem: Problem, most: float = np.inf) -> np.ndarray:
     """float64 ``[nodes]``: the problem's caps, and ``most`` on every node; widened by what sums are rounded by."""
     given = np.full(problem.nodes, np.inf) if problem.memory_cap is None else np.array(problem.memory_cap, dtype=float)
-    return np.minimum(given, most) * (1 + 1e-9)
+    return np.asarray(np.minimum(given, most) * (1 + 1e-9))
 
 
 def plain(tables: Tables, rule: int) -> Rule:
@@ -103,3 +103,26 @@ class Drawer:
         bias = rng.normal(size=2 * models) * wild * (rng.random() < 0.5)
         noise = rng.random() * wild * (rng.random() < 0.5)
         return Rule(caps(problem, most), quota, release, bias, int(rng.choice(RULES)), float(noise))
+
+    def vary(self, rule: Rule, rng: np.random.Generator) -> Rule:
+        """A rule like another one: one or two of its limits and priorities changed, caps kept."""
+        for _ in range(int(rng.integers(1, 3))):
+            wild = 3 * float(self.tables.duration.mean())
+            change = rng.integers(0, 5)
+            if change == 0:  # one model's limit in flight, from some node on
+                quota = rule.quota.copy()
+                at = rng.integers(0, len(quota))
+                some = slice(at, None) if rng.random() < 0.5 else slice(at, at + 1)
+                m = rng.integers(0, quota.shape[1])
+                known = np.minimum(quota[some, m], self.stages_left[some, m] + 4)
+                quota[some, m] = np.maximum(1, known + rng.choice((-1, 1)))
+                rule = replace(rule, quota=quota)
+            elif change == 1:
+                rule = replace(rule, bias=rule.bias + rng.normal(size=len(rule.bias)) * wild / 3)
+            elif change == 2:
+                rule = replace(rule, noise=float(rng.random() * wild * (rng.random() < 0.7)))
+            elif change == 3:
+                rule = replace(rule, release=rule.release * rng.uniform(0.0, 1.2))
+            else:
+                rule = replace(rule, rule=int(rng.choice(RULES)))
+        return rule

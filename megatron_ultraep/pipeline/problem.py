@@ -225,7 +225,7 @@ class Problem:
 def _problem(given: Mapping[str, Any]) -> Problem:
     models = []
     for model in given["models"]:
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in model.items()}
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in model.items()}
         values["nodes"] = tuple(tuple(replica) for replica in model["nodes"])
         models.append(PipelineModel(**values))
     cap = given.get("memory_cap")

@@ -46,7 +46,7 @@ def _random(state: Array) -> float:
     x ^= x >> np.uint64(7)
     x ^= x << np.uint64(17)
     state[0] = x
-    return (x >> np.uint64(11)) / 9007199254740992.0
+    return float((x >> np.uint64(11)) / 9007199254740992.0)
 
 
 @_jit
@@ -115,7 +115,7 @@ def _list_schedule(
     Returns:
         DEADLOCK where caps or quotas leave nothing that can run.
     """
-    first, node, kind, before, _, lag, duration, room, change, tail = tables
+    first, node, kind, before, after, lag, duration, room, change, tail = tables
     nodes, kinds = len(first) - 1, 2 * quota.shape[1]
     following = np.full((nodes, kinds), -1)
     last = np.full((nodes, kinds), -1)
@@ -127,11 +127,14 @@ def _list_schedule(
     end = np.full(len(node), -1.0)
     free, held, position = np.zeros(nodes), np.zeros(nodes), first[:-1].copy()
     flight = np.zeros(quota.shape, dtype=np.int64)
-    makespan = 0.0
-    for _ in range(len(node)):
-        best_node, best_kind, best_start, best_priority = -1, -1, _NEVER, _NEVER
+    best_kind, best_start, best_priority = np.full(nodes, -1), np.full(nodes, _NEVER), np.full(nodes, _NEVER)
+    makespan, chosen, woken = 0.0, -1, -1
+    for turn in range(len(node)):
+        # Only the node that ran something and the one that waited for it have other candidates than before.
         for n in range(nodes):
-            large = _NEVER
+            if turn and n != chosen and n != woken:
+                continue
+            best_kind[n], best_start[n], best_priority[n], large = -1, _NEVER, _NEVER, _NEVER
             for k in range(kinds):
                 operation = following[n, k]
                 if operation < 0:
@@ -148,7 +151,7 @@ def _list_schedule(
                     large = min(large, begin)
                 elif rule & LARGE_FIRST and begin + duration[operation] > large:
                     continue
-                if begin > best_start:
+                if begin > best_start[n]:
                     continue
                 if rule & LONGEST_TAIL_FIRST:
                     priority = bias[k] - tail[operation]
@@ -156,20 +159,30 @@ def _list_schedule(
                     priority = bias[k] + 0.1 * k - (k % 2)
                 if noise > 0:
                     priority += noise * _random(state)
-                if begin < best_start or priority < best_priority:
-                    best_node, best_kind, best_start, best_priority = n, k, begin, priority
-        if best_node < 0:
+                if begin < best_start[n] or priority < best_priority[n]:
+                    best_kind[n], best_start[n], best_priority[n] = k, begin, priority
+        chosen = -1
+        for n in range(nodes):
+            if best_kind[n] >= 0 and (
+                chosen < 0
+                or best_start[n] < best_start[chosen]
+                or (best_start[n] == best_start[chosen] and best_priority[n] < best_priority[chosen])
+            ):
+                chosen = n
+        if chosen < 0:
             return DEADLOCK
-        operation = following[best_node, best_kind]
-        following[best_node, best_kind] = operation + 1 if operation < last[best_node, best_kind] else -1
-        end[operation] = best_start + duration[operation]
-        free[best_node] = end[operation]
+        k = best_kind[chosen]
+        operation = following[chosen, k]
+        following[chosen, k] = operation + 1 if operation < last[chosen, k] else -1
+        end[operation] = best_start[chosen] + duration[operation]
+        free[chosen] = end[operation]
         makespan = max(makespan, end[operation])
-        held[best_node] += change[operation]
+        held[chosen] += change[operation]
         if change[operation] != 0:
-            flight[best_node, best_kind // 2] += 1 - 2 * (best_kind % 2)
-        sequence[position[best_node]] = operation
-        position[best_node] += 1
+            flight[chosen, k // 2] += 1 - 2 * (k % 2)
+        sequence[position[chosen]] = operation
+        position[chosen] += 1
+        woken = node[after[operation]] if after[operation] >= 0 else -1
     return makespan
 
 

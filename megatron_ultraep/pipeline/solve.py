@@ -24,9 +24,9 @@ from megatron_ultraep.pipeline.problem import InvalidSchedule, Problem, Schedule
 from megatron_ultraep.pipeline.simulate import Timeline, simulate
 from megatron_ultraep.pipeline.tables import Tables
 
-DRAWS = 150_000  # operations placed by rules in a round
-MOVES = 400_000_000  # operations simulated by annealing in a round
-MOST_DRAWS, MOST_MOVES = 200, 500_000
+DRAWS = 4_000_000  # operations placed by rules in a round
+MOVES = 200_000_000  # operations simulated by annealing in a round
+MOST_DRAWS, MOST_MOVES = 1000, 500_000
 CHUNKS = 8  # of a round's annealing; the clock is looked at between them
 COLD = 0.01  # last temperature, in mean durations
 SHARES = (0.25, 0.15, 0.08, 0.04, 0.02)  # by which the peak is to fall next
@@ -109,6 +109,7 @@ def solve(
     *,
     rounds: int | None = None,
     memory_rounds: int | None = None,
+    makespan_goal: float | None = None,
     memory_goal: float | None = None,
     stop: Callable[[], bool] | None = None,
     clock: Callable[[], float] = time.monotonic,
@@ -118,18 +119,20 @@ def solve(
     Args:
         seconds, memory_seconds: limits of the two phases, by ``clock``.
         rounds, memory_rounds: limits of the two phases that do not depend on a machine's speed.
+        makespan_goal: makespan from which on shorter ones are not looked for, and which is kept while memory falls;
+            by default the lower bound. Memory falls further where it is higher.
         memory_goal: peak of the fullest node from which on lower ones are not looked for; by default what the models
             hold one after the other (:func:`serial_peak_memory`), where fusing costs no memory.
         stop: asked every few tenths of a second; True ends the search with the best so far, as Ctrl-C does.
         clock: seconds; ``time.process_time`` on a machine that others use too.
     """
-    found = _Search(problem, seed)
     bound = lower_bound(problem)
+    found = _Search(problem, seed, bound if makespan_goal is None else max(bound, makespan_goal))
     goal = serial_peak_memory(problem) if memory_goal is None else memory_goal
     interrupted = False
     first = _Limit(seconds, rounds, stop, clock)
     try:
-        found.shorten(bound, first)
+        found.shorten(first)
     except (_Stopped, KeyboardInterrupt):
         interrupted = True
     second = _Limit(memory_seconds, memory_rounds, stop, clock)
@@ -154,8 +157,9 @@ def solve(
 class _Search:
     """The best schedule so far, and how to get to better ones."""
 
-    def __init__(self, problem: Problem, seed: int) -> None:
-        self.problem, self.seed = problem, seed
+    def __init__(self, problem: Problem, seed: int, goal: float) -> None:
+        """``goal``: as short as is wanted."""
+        self.problem, self.seed, self.goal = problem, seed, goal
         self.tables = Tables.of(problem)
         self.drawer = Drawer(self.tables)
         operations = max(1, len(self.tables.node))
@@ -173,37 +177,40 @@ class _Search:
     def peak(self) -> float:
         return max(self.timeline.peak_memory)
 
-    def shorten(self, bound: float, limit: _Limit) -> None:
-        """Phase 1: down to the lower bound."""
+    @property
+    def short_enough(self) -> bool:
+        return self.timeline.makespan <= self.goal * (1 + _SLACK)
+
+    def shorten(self, limit: _Limit) -> None:
+        """Phase 1: down to the goal."""
         state = np.ones(1, dtype=np.uint64)
         for rule in RULES:
             makespan, sequence = apply(self.tables, plain(self.tables, rule), state)
             if makespan >= 0:
                 self._take(sequence, limit)
         usual = serial_peak_memory(self.problem)
-        while self.timeline.makespan > bound * (1 + _SLACK):
+        while not self.short_enough:
             rng, state = self._round(1, limit.next_round())
             # Rules with limits in flight are often the shorter ones, too.
-            started = self._draw(rng, state, lambda rng=rng: usual * rng.uniform(1.0, 3.0), limit)
-            if started is None or rng.random() < 0.3:
+            started = self._draw(rng, state, usual, 3 * usual, limit)
+            if started is None or rng.random() < 0.5:
                 started = self.best
-            if self.timeline.makespan > bound * (1 + _SLACK):
-                self._anneal(started.copy(), caps(self.problem), bound, rng, state, limit)
+            if not self.short_enough:
+                self._anneal(started.copy(), caps(self.problem), rng, state, limit)
 
     def lower(self, goal: float, limit: _Limit) -> None:
-        """Phase 2: less memory on the fullest node, at the makespan there is."""
-        floor = memory_bound(self.problem, self.timeline.makespan)
-        goal = max(goal, floor)
+        """Phase 2: less memory on the fullest node, at the makespan there is or the goal."""
+        self.goal = max(self.goal, self.timeline.makespan)
+        goal = max(goal, memory_bound(self.problem, self.goal))
         step, target = 0, goal
         while self.peak > goal * (1 + _SLACK):
             rng, state = self._round(2, limit.next_round())
             before = self.peak
-            slack = float(rng.choice((1.0, 1.0, 1.15, 1.3)))
-            started = self._draw(rng, state, lambda target=target, slack=slack: target * slack, limit)
+            started = self._draw(rng, state, target, target * float(rng.choice((1.0, 1.0, 1.15, 1.3))), limit)
             if started is None or rng.random() < 0.3:
                 started = self.best
             if self.peak > target * (1 + _SLACK):
-                self._anneal(started.copy(), caps(self.problem, target), self.timeline.makespan, rng, state, limit)
+                self._anneal(started.copy(), caps(self.problem, target), rng, state, limit)
             if self.peak >= before:
                 step = (step + 1) % len(SHARES)
             target = max(goal, self.peak * (1 - SHARES[step]))
@@ -214,24 +221,31 @@ class _Search:
         return rng, rng.integers(1, 2**63, size=1, dtype=np.uint64)
 
     def _draw(
-        self, rng: np.random.Generator, state: np.ndarray, most: Callable[[], float], limit: _Limit
+        self, rng: np.random.Generator, state: np.ndarray, low: float, high: float, limit: _Limit
     ) -> np.ndarray | None:
-        """The sequence of the shortest of many rules; None when all got stuck."""
-        shortest, found = np.inf, None
+        """The sequence of the shortest of many rules, under caps from ``low`` to ``high``; None when all got stuck.
+
+        Ends with the first that is as short as is wanted and better than the best so far.
+        """
+        shortest, found, kept = np.inf, None, None
         for _ in range(self.draws):
             limit.check()
-            makespan, sequence = apply(self.tables, self.drawer.draw(rng, most()), state)
-            if 0 <= makespan < shortest:
-                shortest, found = makespan, sequence
-                if makespan <= self.timeline.makespan * (1 + _SLACK):
-                    self._take(sequence, limit)
+            if kept is None or rng.random() < 0.4:
+                rule = self.drawer.draw(rng, rng.uniform(low, high))
+            else:
+                rule = self.drawer.vary(kept, rng)
+            makespan, sequence = apply(self.tables, rule, state)
+            if 0 <= makespan <= shortest:
+                better = makespan < shortest and makespan <= max(self.goal, self.timeline.makespan) * (1 + _SLACK)
+                shortest, found, kept = makespan, sequence, rule
+                if better and self._take(sequence, limit) and self.short_enough:
+                    break
         return found
 
     def _anneal(
         self,
         sequence: np.ndarray,
         cap: np.ndarray,
-        goal: float,
         rng: np.random.Generator,
         state: np.ndarray,
         limit: _Limit,
@@ -247,7 +261,7 @@ class _Search:
             energy = search.anneal(
                 self.tables.arrays(),
                 finite,
-                goal,
+                self.goal,
                 (self.per_time, weight),
                 (hotter, colder),
                 self.moves // CHUNKS,
@@ -259,19 +273,20 @@ class _Search:
             if energy <= _SLACK:
                 return
 
-    def _take(self, sequence: np.ndarray, limit: _Limit) -> None:
-        """Keep a sequence that runs, fits and is better."""
+    def _take(self, sequence: np.ndarray, limit: _Limit) -> bool:
+        """Keep a sequence that runs, fits and is better; whether it was."""
         try:
             timeline = simulate(self.tables.schedule(sequence))
         except InvalidSchedule:  # above a cap, which annealing may pass through
-            return
-        if _rank(timeline) < _rank(self.timeline):
-            self.best, self.timeline = sequence.copy(), timeline
-            limit.improved = limit.elapsed
+            return False
+        if self._rank(timeline) >= self._rank(self.timeline):
+            return False
+        self.best, self.timeline = sequence.copy(), timeline
+        limit.improved = limit.elapsed
+        return True
 
-
-def _rank(timeline: Timeline) -> tuple[float, float, float, float]:
-    """Lower is better: makespan, peak memory, sum of peaks, sum of finish times; rounded, as sums are."""
-    peaks = timeline.peak_memory
-    finish = sum(float(end.sum()) for end in timeline.end)
-    return tuple(float(f"{value:.9g}") for value in (timeline.makespan, max(peaks), sum(peaks), finish))  # type: ignore[return-value]
+    def _rank(self, timeline: Timeline) -> tuple[float, ...]:
+        """Lower is better: makespan as far as it matters, peak memory, makespan, sum of peaks, sum of finish times."""
+        peaks, finish = timeline.peak_memory, sum(float(end.sum()) for end in timeline.end)
+        values = (max(timeline.makespan, self.goal), max(peaks), timeline.makespan, sum(peaks), finish)
+        return tuple(float(f"{value:.9g}") for value in values)  # as sums are rounded
