@@ -62,16 +62,16 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _rows(config: RunConfig, path: str, source: SourceSection, bad: list[BadRow]) -> list[Row]:
-    """Rows of a source that can be used; the others are an error, or added to ``bad`` (``data.on_bad_row``).
+    """Rows of a source that can be used, as far as one sees without a tokenizer; the others are added to ``bad``.
 
     Args:
         config: of the run.
         path: the source's field, for messages.
         source: where rows come from.
-        bad: rows left out so far.
+        bad: rows that cannot be used, so far.
 
     Raises:
-        DataError: rows that cannot be used, or none that can.
+        DataError: none can be used.
     """
     reward = config.reward
     found: list[BadRow] = []
@@ -90,7 +90,7 @@ def _rows(config: RunConfig, path: str, source: SourceSection, bad: list[BadRow]
     if check is not None:
         rows, refused = check_labels(rows, check)
         found += refused
-    if config.data.on_bad_row == "error" or not rows:
+    if not rows:
         raise_bad_rows(f"{path}: {name}", found, count)
     bad += found
     return rows
@@ -119,7 +119,6 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
         "chat_args": section.chat_args,
         "max_prompt_tokens": section.max_prompt_tokens,
     }
-    skip = section.on_bad_row == "skip"
     skipped: dict[str, list[BadRow]] = {"train": [], "eval": []}
     train_rows = _rows(config, "data.train", section.train, skipped["train"])
     solved_rows: list[Row] = []
@@ -139,7 +138,7 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
             shuffle=False,
             split="eval",
             limit=config.evaluation.prompts,
-            skip_bad=skip,
+            skip_bad=True,
             **encoding,
         )
         skipped["eval"] += held_out.skipped
@@ -147,9 +146,12 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
         sft_examples(solved_rows, tokenizer, answer_template=warmup.answer_template, **encoding) if solved_rows else []
     )
     train = PromptDataset(
-        train_rows, tokenizer, seed=config.run.seed, shuffle=section.shuffle, skip_bad=skip, **encoding
+        train_rows, tokenizer, seed=config.run.seed, shuffle=section.shuffle, skip_bad=True, **encoding
     )
     skipped["train"] += train.skipped
+    if section.on_bad_row == "error":
+        for split, data in (("train", train), ("eval", held_out)):
+            raise_bad_rows(f"data.{split}", skipped[split], (len(data) if data else 0) + len(skipped[split]))
     _report_skipped(config.output_dir, skipped)
     digests = {"train": train.digest} | ({"eval": held_out.digest} if held_out else {})
     return Data(train=train, held_out=held_out, warmup=examples, digests=digests)
