@@ -35,8 +35,14 @@ def parallel_layout(config: RunConfig, model: str = "actor") -> ParallelLayout:
     return layout.opposed(config.trainer.parallel.pp) if fused_partner(config).name == model else layout
 
 
-def start_actors(config: RunConfig, stack: contextlib.ExitStack) -> tuple[EnginePool, Trainer]:
-    """Engines and trainer ranks come up side by side; when one fails, the other is ended."""
+def start_actors(config: RunConfig, iterations: int, stack: contextlib.ExitStack) -> tuple[EnginePool, Trainer]:
+    """Engines and trainer ranks come up side by side; when one fails, the other is ended.
+
+    Args:
+        config: of the run.
+        iterations: of the whole run; learning rates decay until its end where nothing else is said.
+        stack: ends what was started.
+    """
     share = None
     if config.stream.colocated and config.rollout.device == "cuda":
         share = SharedGpus(config.trainer.ranks, config.run.limits.actor_start_s)
@@ -50,7 +56,7 @@ def start_actors(config: RunConfig, stack: contextlib.ExitStack) -> tuple[Engine
     def start_trainer() -> Trainer:
         limits = config.run.limits
         trainer = Trainer(
-            trainer_spec(config),
+            trainer_spec(config, iterations),
             backend=config.trainer.backend,
             limits=TrainerLimits(limits.actor_start_s, limits.train_step_s, limits.checkpoint_s, limits.generate_s),
             share=share,
@@ -87,8 +93,11 @@ def engine_config(config: RunConfig) -> EngineConfig:
     )
 
 
-def trainer_spec(config: RunConfig) -> TrainerSpec:
+def trainer_spec(config: RunConfig, iterations: int) -> TrainerSpec:
+    """What every trainer rank builds, in a run of so many iterations."""
     t, c, scorer = config.trainer, config.critic, config.reward.model
+    steps = iterations * config.algorithm.mini_batches * config.algorithm.epochs_per_batch
+    own_reference = config.reference.parallel is not None or fused_partner(config).name == "reference"
     model_path = str(config.model.path.absolute())
     return TrainerSpec(
         model_path=model_path,
@@ -96,7 +105,7 @@ def trainer_spec(config: RunConfig) -> TrainerSpec:
         dtype=config.model.dtype,
         recompute=Recompute(t.recompute, t.recompute_modules),
         distributed_optimizer=t.distributed_optimizer,
-        optimizer=_optimizer_spec(t.optimizer),
+        optimizer=_optimizer_spec(t.optimizer, steps),
         reference=config.keeps_reference,
         seed=config.run.seed,
         collective_s=config.run.limits.collective_s,
@@ -111,20 +120,20 @@ def trainer_spec(config: RunConfig) -> TrainerSpec:
         else CriticSpec(
             model_path=str(c.model_path.absolute()) if c.model_path is not None else model_path,
             layout=parallel_layout(config, "critic"),
-            optimizer=_optimizer_spec(c.optimizer),
+            optimizer=_optimizer_spec(c.optimizer, steps),
             recompute=Recompute(c.recompute, c.recompute_modules),
         ),
-        reference_layout=parallel_layout(config, "reference") if config.reference.parallel is not None else None,
+        reference_layout=parallel_layout(config, "reference") if own_reference else None,
         scorer=None if scorer is None else ScorerSpec(str(scorer.path.absolute()), parallel_layout(config, "scorer")),
     )
 
 
-def _optimizer_spec(o: OptimizerSection) -> OptimizerSpec:
+def _optimizer_spec(o: OptimizerSection, steps: int) -> OptimizerSpec:
     return OptimizerSpec(
         lr=o.lr,
         min_lr=o.min_lr,
         warmup_steps=o.warmup_steps,
-        decay_steps=o.decay_steps or 0,
+        decay_steps=o.decay_steps or steps,
         schedule=o.schedule,
         betas=o.betas,
         eps=o.eps,

@@ -179,9 +179,7 @@ class Run:
 
     def total_steps(self) -> int:
         """Iterations of the whole run."""
-        if self.config.run.steps is not None:
-            return self.config.run.steps
-        return math.ceil(self.config.run.epochs * len(self.data.train) / self.config.data.prompts_per_step)
+        return iterations(self.config, self.data)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -328,6 +326,13 @@ class Run:
             self._feed.close()
 
 
+def iterations(config: RunConfig, data: Data) -> int:
+    """Of the whole run."""
+    if config.run.steps is not None:
+        return config.run.steps
+    return math.ceil(config.run.epochs * len(data.train) / config.data.prompts_per_step)
+
+
 # ------------------------------------------------------------------ opening and closing
 
 
@@ -386,7 +391,7 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
         )
         stack.enter_context(_terminate_as_interrupt())
         started = time.perf_counter()
-        pool, trainer = start_actors(config, stack)
+        pool, trainer = start_actors(config, iterations(config, data), stack)
         if config.stream.colocated:
             pool.sleep()  # the trainer has the first turn
         timeline = Timeline(config.output_dir / "timeline.json" if config.stream.timeline else None)

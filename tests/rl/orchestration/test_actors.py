@@ -1,29 +1,35 @@
-"""What a run's processes are started with."""
+"""What trainer ranks are told to build."""
 
 import pytest
 
 from rl.config import from_dict
-from rl.orchestration.actors import _dispatch, predictor
-from rl.rollout.dispatch import EngineState, WaitingGroup
-from tests.rl.test_config import changed
+from rl.orchestration.actors import trainer_spec
+from tests.rl.test_config import PPO, changed
 
-PROFILE = "benchmarks/data/latency-tiny-cpu.json"
+PP2 = [("trainer.ranks", 4), ("trainer.parallel", {"pp": 2, "ep": 2})]
+LINEAR = {"lr": 1e-3, "schedule": "linear"}
 
 
-@pytest.mark.parametrize(
-    "stream",
-    [
-        {},
-        {"dispatch": "random"},
-        {"dispatch": "longest_first", "predictor": "history"},
-        {"dispatch": "skew_aware", "predictor": "features", "latency_profile": PROFILE},
-        {"dispatch": "skew_aware", "predictor": "ranker", "latency_profile": PROFILE, "long_fraction": 0.5},
-    ],
-)
-def test_every_dispatch_policy_hands_out_groups(stream):
-    config = from_dict(changed(("stream", stream)))
-    assert (predictor(config) is None) == ("predictor" not in stream)
-    groups = [WaitingGroup(f"train/0/{i}", i, 4, float(10 * i + 1)) for i in range(6)]
-    engines = [EngineState(i, 16, 0, None, True) for i in range(2)]
-    sent = _dispatch(config).assign(groups, engines)
-    assert sorted(group for group, _ in sent) == list(range(6))
+@pytest.mark.parametrize(("decay_steps", "expected"), [(None, 60), (7, 7)])
+def test_learning_rates_decay_until_the_end_of_the_run(decay_steps, expected):
+    changes = [
+        *PPO,
+        ("trainer.optimizer", LINEAR | {"decay_steps": decay_steps}),
+        ("critic.optimizer", LINEAR),
+        ("algorithm.mini_batches", 2),
+        ("algorithm.epochs_per_batch", 3),
+    ]
+    spec = trainer_spec(from_dict(changed(*changes)), iterations=10)
+    assert spec.optimizer.decay_steps == expected
+    assert spec.critic.optimizer.decay_steps == 60
+
+
+def test_the_partners_stages_lie_against_the_actors():
+    critic = trainer_spec(from_dict(changed(*PP2, *PPO, ("critic.parallel", {"ep": 2}))), iterations=1)
+    assert critic.layout.placement is None
+    assert critic.layout_of("critic").placement == ((0,), (1,))
+    kl = [("algorithm.kl.coef", 0.1), ("algorithm.mini_batches", 2)]
+    reference = trainer_spec(from_dict(changed(*PP2, *kl)), iterations=1)
+    assert reference.layout_of("reference").placement == ((1, 0),)
+    off = trainer_spec(from_dict(changed(*PP2, *kl, ("fuse.training.mode", "off"))), iterations=1)
+    assert off.reference_layout is None
