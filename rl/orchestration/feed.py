@@ -118,7 +118,7 @@ class Batch:
             RefusedSamples: an engine gave up on a sample. Also whatever generation or rewards raised.
         """
         self._wait(lambda: self.complete, ())
-        left_out = () if self.filled is None else self.filled.dropped
+        left_out = set() if self.filled is None else set(self.filled.dropped)
         groups = self._wait(lambda: True, [p.uid for p in self.prompts if p.uid not in left_out])
         return [sample for group in groups for sample in group]
 
