@@ -170,7 +170,8 @@ def _report_skipped(run_directory: Path, skipped: Mapping[str, Sequence[BadRow]]
     write_json_lines(path, lines)
     for split, rows in skipped.items():
         if rows:
-            print(f"data: {len(rows)} rows of {split} cannot be used and are skipped ({path}):\n  {listing(rows)}")
+            count = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
+            print(f"data: {count} of {split} cannot be used and skipped ({path}):\n  {listing(rows)}")
 
 
 def stop_token_ids(config: RunConfig, tokenizer: Any) -> tuple[int, ...]:

@@ -43,6 +43,8 @@ def main() -> int:
     except (Refused, OSError) as error:
         os.write(status, f"refused: {error}".encode())
         return FAILED
+    # After the change of user, which clears it: if the caller dies, all of this does.
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if not isolated:
         return run(status, settings)
     first = os.fork()

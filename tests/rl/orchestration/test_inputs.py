@@ -155,7 +155,8 @@ def test_bad_rows_are_named_and_no_other_row_is_lost(seed, tmp_path, tokenizer, 
     assert set(listed) == set(reasons)
     assert all(reason in listed[place] for place, reason in reasons.items())
     assert {line["split"] for line in lines} == {"train"}
-    assert f"{len(reasons)} rows of train cannot be used and are skipped" in capsys.readouterr().out
+    count = "1 row" if len(reasons) == 1 else f"{len(reasons)} rows"
+    assert f"data: {count} of train cannot be used and skipped" in capsys.readouterr().out
 
     # An error: it names them all.
     config = make_config(tmp_path, {"files": files}, **changes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -81,12 +82,28 @@ def test_one_that_is_late_is_killed_with_all_that_it_started():
     assert outcome.exit_code is None
     assert outcome.seconds >= 1
     assert time.monotonic() - began < 30
+    assert _gone(mark)
+
+
+def _gone(mark: str) -> bool:
+    """Whether no process has the mark in its command line, within five seconds."""
     for _ in range(100):
-        left = [pid for pid in os.listdir("/proc") if pid.isdecimal() and mark.encode() in _command_line(pid)]
-        if not left:
-            break
+        if not any(mark.encode() in _command_line(pid) for pid in os.listdir("/proc") if pid.isdecimal()):
+            return True
         time.sleep(0.05)
-    assert left == []
+    return False
+
+
+def test_nothing_is_left_when_the_caller_is_killed():
+    mark = f"mark{time.monotonic_ns()}"
+    code = f"from rl.rewards.sandbox import *; run([*python(), '-c', 'import time; time.sleep(600); {mark}'])"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(sandbox.__file__).parents[2]) as caller:
+        deadline = time.monotonic() + 60
+        while not any(_command_line(pid).endswith(f"{mark}\0".encode()) for pid in os.listdir("/proc")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        caller.kill()
+    assert _gone(mark)
 
 
 def _command_line(pid: str) -> bytes:
