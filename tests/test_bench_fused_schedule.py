@@ -15,7 +15,7 @@ def instances(tmp_path, **published):
         row["published"] = {"annealed": 150, "annealed_peak_memory": 7.8, "memory_lower_bound": 7.8} | published
     file = tmp_path / "instances.json"
     file.write_text(json.dumps({"instances": [row, row | {"name": "other"}]}))
-    return ["--instances", str(file), "--only", "small", "--seconds", "2", "--memory-seconds", "2", "--small", "2"]
+    return ["--instances", str(file), "--only", "small", "--seconds", "0.5", "--memory-seconds", "0.5", "--small", "2"]
 
 
 @pytest.fixture(autouse=True)
