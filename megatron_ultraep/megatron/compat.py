@@ -12,7 +12,9 @@ import inspect
 import queue
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -103,7 +105,29 @@ def gpt_model(**kwargs: Any) -> Any:
     """Build a ``GPTModel``."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    return GPTModel(**kwargs)
+    model = GPTModel(**kwargs)
+    _tie_by_group(model)
+    return model
+
+
+def _tie_by_group(model: Any) -> None:
+    """A checkpoint's copy of tied embeddings on the last stage is numbered by the group that Megatron is given for it,
+    not by its global parallel state."""
+    from megatron.core.models.common.language_module import language_module
+
+    tie = model.tie_embeddings_and_output_weights_state_dict
+
+    @functools.wraps(tie)
+    def tie_by_group(state: Any, output_key: str, embedding_key: str, metadata: Any = None) -> None:
+        group = (metadata or {}).get("dp_cp_group")
+        if group is None:
+            tie(state, output_key, embedding_key, metadata or {})
+            return
+        ranks = SimpleNamespace(get_data_parallel_rank=lambda **_: group.rank())
+        with mock.patch.object(language_module, "parallel_state", ranks):
+            tie(state, output_key, embedding_key, metadata)
+
+    model.tie_embeddings_and_output_weights_state_dict = tie_by_group
 
 
 def router_class() -> type[torch.nn.Module]:

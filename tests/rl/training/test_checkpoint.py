@@ -74,6 +74,17 @@ def test_resume_is_exact(ranks, directory, tmp_path, first, then, distributed):
     assert worst(resumed, whole) <= (0 if first == then else 1e-4)
 
 
+def test_tied_embeddings_of_a_pipeline(ranks, tmp_path):
+    tied = str(tiny.qwen3_moe(tmp_path / "m", seed=3, layers=2, tie_word_embeddings=True))
+    path = tmp_path / "c"
+    path.mkdir()
+    whole, _ = merged(ranks(2).run(train, tied, {"pp": 2}, range(3)))
+    ranks(2).run(train, tied, {"pp": 2}, range(2), save=(1, str(path)))
+    for layout, world in (({"pp": 2}, 2), ({}, 1)):
+        resumed, _ = merged(ranks(world).run(train, tied, layout, range(2, 3), load=str(path)))
+        assert worst(resumed, whole) <= (0 if world == 2 else 1e-4)
+
+
 @pytest.mark.parametrize(
     ("then", "distributed", "message"),
     [((1, {}), True, "keep ep"), ((2, {"ep": 2}), False, "set trainer.distributed_optimizer as it was")],
