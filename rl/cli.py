@@ -1,7 +1,7 @@
 """``ultraep-rl``: train, look at and verify runs.
 
-Exit codes: 0 all is well, 1 the run failed, 2 the configuration or the command line is wrong, 3 an accuracy threshold
-(`evaluation.success`) was missed, 130 Ctrl-C.
+Exit codes: 0 all is well, 1 the run failed, 2 the configuration, its data or the command line is wrong, 3 an accuracy
+threshold (`evaluation.success`) was missed, 130 Ctrl-C.
 
 Heavy packages (torch, ray, vllm) are imported only by the commands that need them, so that `--dry-run` is immediate
 and works where they are not installed.
@@ -161,13 +161,15 @@ def convert(
 
 def _run(config: RunConfig, resume: Path | None) -> int:
     """The loop's exit code; exceptions become codes here."""
+    from rl.data.sources import DataError
     from rl.orchestration.sync import run
+    from rl.rewards.loading import RewardLoadError
 
     try:
         return run(config, resume)
     except KeyboardInterrupt:
         _stop(INTERRUPTED, f"interrupted; continue with --resume {config.output_dir}")
-    except (ConfigError, ResumeError) as error:
+    except (ConfigError, DataError, ResumeError, RewardLoadError) as error:
         _stop(USAGE, str(error))
     except Exception as error:
         traceback.print_exc()

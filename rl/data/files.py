@@ -71,22 +71,21 @@ def read_files(
         DataError: a file that cannot be read, or no rows at all.
     """
     columns = columns or Columns()
-    names = [Path(path).name for path in paths]
     rows: list[Row] = []
     bad: list[BadRow] = []
     for path in map(Path, paths):
         left = None if limit is None else limit - len(rows) - len(bad)
         if left == 0:
             break
-        shown = path.name if names.count(path.name) == 1 else str(path)
         before = len(rows) + len(bad)
         for raw in islice(read_values(path), left):
+            place = f"{path}:{raw.number}"
             try:
                 if raw.values is None:
                     raise ValueError(raw.problem)
-                rows.append(make_row(raw.values, columns, f"{shown}:{raw.number}"))
+                rows.append(make_row(raw.values, columns, place))
             except ValueError as error:
-                bad.append(BadRow(f"{path}:{raw.number}", str(error)))
+                bad.append(BadRow(place, str(error)))
         if len(rows) + len(bad) == before:
             raise DataError(f"{path} has no rows; expected rows with {columns.prompt} and {columns.label or 'label'}")
     return rows, bad

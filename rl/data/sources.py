@@ -34,7 +34,7 @@ class Row:
         label: what the reward compares with; any JSON value.
         metadata: whatever else the source carries; JSON values.
         answer: a right answer as text, for supervised warm-up; None when the source has none.
-        origin: where the row comes from, for error messages: ``"train.jsonl:17"``.
+        origin: where the row comes from, for error messages: ``"data/train.jsonl:17"``.
     """
 
     prompt: str | tuple[Message, ...]

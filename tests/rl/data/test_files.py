@@ -43,9 +43,9 @@ def test_text_and_chat_rows(tmp_path):
         "\r",
     )
     first, second = good(path)
-    assert first == Row("1+1?", "2", {"level": [3]}, answer="2", origin="a.jsonl:1")
+    assert first == Row("1+1?", "2", {"level": [3]}, answer="2", origin=f"{path}:1")
     assert second.prompt[1]["content"] == "Gr\u00fc\u00df"
-    assert (second.label, second.metadata, second.answer, second.origin) == (None, {}, None, "a.jsonl:3")
+    assert (second.label, second.metadata, second.answer, second.origin) == (None, {}, None, f"{path}:3")
     assert read_files([path], limit=1) == ([first], [])
 
 
@@ -67,7 +67,7 @@ def test_columns_of_others_are_taken_as_they_are_from_both_formats(tmp_path, val
         assert row.prompt == ({"role": "user", "content": "1+1?"},)
         assert (row.label, row.answer) == ("2", "2")
         assert row.metadata == {key: value for key, value in values.items() if key not in ("prompt", "label")}
-    assert from_parquet[0].origin == "a.parquet:1"
+    assert from_parquet[0].origin == f"{tmp_path}/a.parquet:1"
 
 
 def test_columns_can_be_named(tmp_path):
@@ -85,7 +85,7 @@ def test_several_files_are_read_in_order_and_told_apart(tmp_path):
     third = write_parquet(tmp_path / "c.parquet", [{"prompt": "c", "label": 1}])
     rows = good(first, second, third)
     assert [row.prompt for row in rows] == ["a", "a", "b", "c"]
-    assert [row.origin for row in rows] == [f"{first}:1", f"{first}:2", f"{second}:1", "c.parquet:1"]
+    assert [row.origin for row in rows] == [f"{first}:1", f"{first}:2", f"{second}:1", f"{third}:1"]
     assert len(read_files([first, second, third], limit=3)[0]) == 3
     # A file beyond the limit is not opened.
     assert len(read_files([first, tmp_path / "missing.jsonl"], limit=2)[0]) == 2
@@ -122,7 +122,7 @@ BAD = [
 def test_a_bad_row_is_named_with_file_and_line(tmp_path, line, expected):
     path = write(tmp_path / "b.jsonl", GOOD, line, GOOD)
     rows, (bad,) = read_files([path])
-    assert [row.origin for row in rows] == ["b.jsonl:1", "b.jsonl:3"]
+    assert [row.origin for row in rows] == [f"{path}:1", f"{path}:3"]
     assert bad.place == f"{path}:2"
     assert expected in bad.reason
     assert len(str(bad)) < 500 + len(str(path))
@@ -163,7 +163,7 @@ def test_bad_rows_of_parquet_are_named_and_the_others_kept(tmp_path):
     rows = [{"prompt": prompt, "label": 1} for prompt in prompts]
     path = write_parquet(tmp_path / "a.parquet", rows, text=raw, number=numbers)
     kept, bad = read_files([path])
-    assert [row.origin for row in kept] == ["a.parquet:1", "a.parquet:6"]
+    assert [row.origin for row in kept] == [f"{path}:1", f"{path}:6"]
     assert [row.place for row in bad] == [f"{path}:{number}" for number in (2, 3, 4, 5)]
     reasons = ["expected text, got none", "text: expected UTF-8 text", "got null or nothing", "number: expected finite"]
     assert all(reason in row.reason for reason, row in zip(reasons, bad, strict=True))

@@ -75,7 +75,7 @@ def test_verls_files_train_resume_and_evaluate(tmp_path):
     for sample in samples:
         if sample.prompt.metadata["extra_info"]["index"] == 5:
             assert sample.reward == 0.0
-            assert sample.reward_error == "ValueError: index 5 is not liked (prompt from test.jsonl:6)"
+            assert sample.reward_error == f"ValueError: index 5 is not liked (prompt from {tmp_path}/test.jsonl:6)"
         else:
             assert sample.reward == 2.0 * (len(sample.response_text) % 2)
     metrics = read_metrics(directory)[6]
@@ -85,3 +85,20 @@ def test_verls_files_train_resume_and_evaluate(tmp_path):
     assert "pass@k" in (directory / "report.html").read_text()
     result = CliRunner().invoke(app, ["verify-eval", str(directory)])
     assert result.exit_code == 0, result.stdout
+
+
+def test_bad_rows_and_rewards_end_the_command_before_anything_starts(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"prompt": "a", "label": "1"}\n{"prompt": "", "label": "1"}\n{"prompt": "b", "label": null}\n')
+    settings = {"data__train": {"files": str(path)}, "data__eval": None, "evaluation": {}}
+    command = Command(tiny_config(tmp_path, reward={"path": "rl.rewards.builtin:exact_match"}, **settings))
+    assert command.end(300) == 2
+    assert f"{path}:2: prompt: expected text, got none" in command.output()
+    assert f"{path}:3: label: expected a label of text or a number" in command.output()
+    assert "Traceback" not in command.output()
+    path.write_text('{"prompt": "a", "label": "1"}\n' * 4)
+    reward = {"path": "rl.rewards.remote:http_reward", "args": {"url": "nowhere"}}
+    command = Command(tiny_config(tmp_path, reward=reward, **settings))
+    assert command.end(300) == 2
+    assert "expected url to begin with http" in command.output()
+    assert not command.orphans()

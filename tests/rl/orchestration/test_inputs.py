@@ -131,7 +131,7 @@ def make_case(seed: int, directory: Path):
             row = (chat_row if chat else text_row)(100 * number + index)
             if index in bad:
                 change, reason = known[rng.choice(sorted(known))]
-                reasons[f"{path.name}:{index + 1}"] = reason
+                reasons[f"{path}:{index + 1}"] = reason
                 row = change(row)
             else:
                 prompts.append(f"{100 * number + index} + 1?")
@@ -151,7 +151,7 @@ def test_bad_rows_are_named_and_no_other_row_is_lost(seed, tmp_path, tokenizer, 
     data = load_data(config, strict)
     assert [re.sub(r"^user: |\n$", "", row.text) for row in map(prompt_of(data), range(len(prompts)))] == prompts
     lines = [json.loads(line) for line in (tmp_path / "run" / "skipped_rows.jsonl").read_text().splitlines()]
-    listed = {Path(line["place"]).name: line["reason"] for line in lines}
+    listed = {line["place"]: line["reason"] for line in lines}
     assert set(listed) == set(reasons)
     assert all(reason in listed[place] for place, reason in reasons.items())
     assert {line["split"] for line in lines} == {"train"}
@@ -162,7 +162,7 @@ def test_bad_rows_are_named_and_no_other_row_is_lost(seed, tmp_path, tokenizer, 
     config = make_config(tmp_path, {"files": files}, **changes)
     with pytest.raises(DataError) as error:
         load_data(config, strict)
-    named = dict(re.findall(r"([^/\s]+:\d+): (.*)", str(error.value)))
+    named = dict(re.findall(r"(\S+:\d+): (.*)", str(error.value)))
     assert set(named) == set(reasons)
     assert all(reasons[place] in reason for place, reason in named.items())
     assert f"{len(reasons)} of {len(reasons) + len(prompts)} rows cannot be used" in str(error.value)
@@ -249,7 +249,7 @@ def test_rewards_that_raise_or_hang_name_file_and_row(seed, tmp_path, tokenizer)
         if n in bad:
             assert sample.reward == (0.0 if on_error == "zero" else None)
             assert ERRORS[how] in sample.reward_error
-            assert sample.reward_error.endswith(f"(prompt from rows.{ending}:{n + 1})")
+            assert sample.reward_error.endswith(f"(prompt from {path}:{n + 1})")
         else:
             assert (sample.reward, sample.reward_error) == (float(n), None)
         assert replace(sample, reward=None, reward_error=None) == samples[n]

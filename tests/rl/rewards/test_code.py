@@ -10,6 +10,8 @@ from rl.rewards.code import ProblemTests, extract_code, parse_tests
 from rl.rewards.loading import RewardLoadError, label_check, load_reward
 from rl.rewards.runner import RewardRunner
 
+pytestmark = pytest.mark.usefixtures("isolation")
+
 PATH = "rl.rewards.code:code_execution"
 ARGS = {"time_s": 60, "cpu_s": 60}
 

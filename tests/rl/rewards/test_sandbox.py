@@ -15,6 +15,8 @@ import pytest
 from rl.rewards import sandbox
 from rl.rewards.sandbox import Limits, Outcome, SandboxError, check, python, run
 
+pytestmark = pytest.mark.usefixtures("isolation")
+
 PATIENT = {"time_s": 60.0, "cpu_s": 60.0}
 
 
