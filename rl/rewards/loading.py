@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from rl.rewards.slime import slime_args, slime_sample
+from rl.rewards.slime import slime_args, slime_sample, slime_types
 from rl.types import Sample
 
 CallStyle = Literal["sample", "samples", "compute_score", "compute_scores", "slime", "slime_group"]
@@ -207,6 +207,17 @@ def _verl_reward(
 
 
 def _import(path: str) -> Any:
+    try:
+        return _find(path)
+    except RewardLoadError as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError) or error.__cause__.name != "slime":
+            raise
+    # A reward written for slime imports its Sample, for annotations as a rule.
+    with slime_types():
+        return _find(path)
+
+
+def _find(path: str) -> Any:
     if file := _FILE_PATH.fullmatch(path):
         return _attribute(path, _import_file(path, Path(file[1])), file[2], file[1])
     if not _IMPORT_PATH.fullmatch(path) or not re.search(r"[.:]", path):

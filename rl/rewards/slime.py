@@ -5,10 +5,12 @@ The names are those of slime's ``slime.utils.types.Sample``; a reward only reads
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from rl.types import Sample
@@ -93,3 +95,18 @@ def slime_sample(sample: Sample) -> SlimeSample:
         rollout_log_probs=sample.rollout_logprobs.tolist(),
         weight_versions=tuple(str(version) for _, version in sample.weight_versions),
     )
+
+
+@contextlib.contextmanager
+def slime_types() -> Iterator[None]:
+    """Within it, ``from slime.utils.types import Sample`` gives ``SlimeSample``, without slime being installed."""
+    modules = {name: ModuleType(name) for name in ("slime", "slime.utils", "slime.utils.types")}
+    for name in ("slime", "slime.utils"):
+        modules[name].__path__ = []
+    modules["slime.utils.types"].Sample = SlimeSample  # type: ignore[attr-defined]
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in modules:
+            del sys.modules[name]

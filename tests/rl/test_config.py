@@ -143,6 +143,17 @@ def test_an_empty_file_names_the_required_sections(tmp_path):
     assert [v.path for v in error.value.violations] == ["run", "model", "data", "reward"]
 
 
+def test_files_and_rewards_can_be_written_in_several_ways():
+    for files in ("a.jsonl", ["a.jsonl"]):
+        for key in ("files", "jsonl"):
+            config = from_dict(changed(("data.train", {key: files})))
+            assert list(map(str, config.data.train.files)) == ["a.jsonl"]
+    assert to_dict(config)["data"]["train"]["files"] == ["a.jsonl"]
+    for path in ("a.b:f", "a.b.f", "sub dir/b.py:f", "/x/b.py:f"):
+        assert from_dict(changed(("reward.path", path))).reward.path == path
+    assert set(violations(("data.train", {"jsonl": "a.jsonl", "files": "b.jsonl"}))) == {"data.train.jsonl"}
+
+
 def test_everything_wrong_is_reported_at_once():
     found = violations(
         ("run.sed", 1),

@@ -52,7 +52,7 @@ def module(tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text("1 / 0")
     monkeypatch.chdir(tmp_path)  # found there without PYTHONPATH
     yield
-    for name in ("my_rewards", "needs_more", "broken"):
+    for name in ("my_rewards", "needs_more", "broken", "for_slime"):
         sys.modules.pop(name, None)
 
 
@@ -108,6 +108,21 @@ def test_slime_functions_get_what_slime_gives(make_sample):
     _, group = asyncio.run(reward.call([sample, sample], {}))
     assert [each.response for each in group] == ["4", "4"]
     assert load_reward("my_rewards:group").style == "samples"
+
+
+def test_a_reward_may_import_slimes_sample(tmp_path, make_sample):
+    (tmp_path / "for_slime.py").write_text(
+        "from slime.utils.types import Sample\n"
+        "async def custom_rm(args, sample: Sample, **kwargs) -> float:\n"
+        "    assert isinstance(sample, Sample) and sample.status == Sample.Status.COMPLETED\n"
+        "    return float(len(sample.response))\n"
+    )
+    (tmp_path / "more_slime.py").write_text("from slime.rollout.rm_hub import math\n")
+    for path in ("for_slime.py:custom_rm", "for_slime.custom_rm"):
+        assert asyncio.run(load_reward(path).call(make_sample("four"), {})) == 4.0
+    assert "slime" not in sys.modules
+    with pytest.raises(RewardLoadError, match=r"slime\.rollout"):
+        load_reward("more_slime:f")
 
 
 def test_a_file_can_be_named(tmp_path, make_sample):
