@@ -134,7 +134,7 @@ def python() -> list[str]:
         *(found for name in ("python3", "python") if (found := shutil.which(name, path=_PATH))),
     ]
     for found in candidates:
-        prefixes = (found, sys.base_prefix) if found == sys.executable else (found,)
+        prefixes = (found, sys.prefix, sys.base_prefix) if found == sys.executable else (found,)
         if os.getuid() != 0 or all(_open_to_all(Path(path)) for path in prefixes):
             return [found, "-I", "-B"]
     raise SandboxError(
