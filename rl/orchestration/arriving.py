@@ -14,7 +14,7 @@ import numpy as np
 
 from rl.orchestration.ahead import Moved, Passes
 from rl.orchestration.critic import value_objective, values_of, with_model_scores
-from rl.orchestration.experience import rewarded, train_samples, with_advantages
+from rl.orchestration.experience import policy_loss_config, rewarded, train_samples, with_advantages
 from rl.orchestration.feed import Batch
 from rl.orchestration.setup import Run
 from rl.orchestration.steps import (
@@ -115,7 +115,8 @@ def _train_set(
     per_prompt = config.data.samples_per_prompt
     estimate = Counts(len(prompts) * per_prompt * config.sampling.max_tokens, len(prompts) * per_prompt)
     mode = mode_of(run, config.algorithm.routes.train)
-    objective = PolicyObjective(run.policy_loss, run.settings(with_entropy=True), mode)
+    loss = policy_loss_config(config)
+    objective = PolicyObjective(loss, run.settings(with_entropy=True), mode)
     first, captured = True, []
     arriving = batch.chunks(prompts, chunk_tokens(run))
     chunks.offset = 0
@@ -164,7 +165,7 @@ def _train_set(
         if run.critic_warms_up:
             return
         with run.phase("train"):
-            scale = estimate.scale(run.policy_loss.aggregation, run.trainer.accumulated())
+            scale = estimate.scale(loss.aggregation, run.trainer.accumulated())
             outcome = run.trainer.apply(scale)
     except BaseException:
         if not first:

@@ -16,7 +16,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
 from rl import placement, versions
-from rl.algorithms.losses import PolicyLossConfig
 from rl.config import RunConfig, to_dict
 from rl.config.fused_training import fused_partner
 from rl.data.dataset import Cursor
@@ -141,19 +140,6 @@ class Run:
     stop_token_ids: tuple[int, ...] = ()
     fused: FusedTraining | None = None
 
-    @property
-    def policy_loss(self) -> PolicyLossConfig:
-        a = self.config.algorithm
-        return PolicyLossConfig(
-            clip_low=a.clip_low,
-            clip_high=a.clip_high,
-            aggregation=a.aggregation,
-            kl_coef=a.kl.coef if a.kl.apply_in == "loss" else 0.0,
-            kl_estimator=a.kl.estimator,
-            entropy_coef=a.entropy_coef,
-            importance_cap=self.config.importance_cap,
-        )
-
     def packing_of(self, model: str) -> Packing:
         """How samples become micro-batches of a model with a layout of its own."""
         return Packing(self.trainer.spec.layout_of(model), self.packing.tokens_per_micro_batch)
@@ -222,7 +208,7 @@ class Run:
     def feed(self) -> Feed:
         """Batches under way; begins with the next prompt when it is first asked for."""
         if self._feed is None:
-            config = self.config
+            config, sampling = self.config, self.config.algorithm.dynamic_sampling
             self._feed = Feed(
                 self.data.train,
                 self.cursor,
@@ -232,6 +218,7 @@ class Run:
                 reward=self.reward,
                 accountant=StalenessAccountant(config.stream.staleness, self.step),
                 limit_s=config.run.limits.generate_s,
+                max_rounds=sampling.max_rounds if sampling.enabled else None,
             )
         return self._feed
 
