@@ -95,6 +95,28 @@ class Chosen:
         return out if self.guessed else {**out, "fuse/training/predicted": self.makespan}
 
 
+@dataclass(frozen=True)
+class _Solving:
+    """A schedule that is, or was, solved.
+
+    Attributes:
+        problem: with the times that it is solved for.
+        future: of the solving process.
+        before: for the same numbers of micro-batches and other times; None: there is none.
+    """
+
+    problem: Problem
+    future: Future[Schedule]
+    before: Schedule | None = None
+
+    def usable(self) -> Schedule | None:
+        """What could run now; None: wait for ``future``, also if it failed."""
+        solved = self.future.done() and not self.future.cancelled() and self.future.exception() is None
+        if solved:
+            return self.future.result()
+        return None if self.future.done() else self.before
+
+
 class FusedSchedules:
     """Makes and keeps the schedules of a run's fused steps; a context manager.
 
@@ -110,7 +132,7 @@ class FusedSchedules:
     ) -> None:
         self.models, self.solve_s, self.drift, self.timeout_s = dict(models), solve_s, drift, timeout_s
         self._times: dict[str, tuple[StageSeconds, ...]] | None = None
-        self._solved: dict[tuple[int, ...], tuple[Problem, Future[Schedule]]] = {}
+        self._solved: dict[tuple[int, ...], _Solving] = {}
         # Of its own: the search would hold this process' interpreter. Spawned: this one may hold CUDA and threads.
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
 
@@ -125,27 +147,40 @@ class FusedSchedules:
         )
 
     def begin(self, microbatches: Mapping[str, int]) -> None:
-        """Begin to solve for these numbers of micro-batches of each model, unless a schedule for them is good still."""
+        """Begin to solve for these numbers of micro-batches of each model, unless a schedule for them is good still.
+
+        Raises:
+            RuntimeError: the solving process died.
+        """
         key = tuple(microbatches[name] for name in self.models)
-        problem = self.problem(microbatches)
-        if key not in self._solved or self._drifted(self._solved[key][0], problem):
-            self._solved[key] = problem, self._pool.submit(_solve, problem, self.solve_s)
+        problem, known, before = self.problem(microbatches), self._solved.get(key), None
+        if known is not None:
+            if not self._drifted(known.problem, problem):
+                return
+            before = known.usable()
+            known.future.cancel()  # nobody wants it any more, and others wait behind it
+        try:
+            future = self._pool.submit(_solve, problem, self.solve_s)
+        except BrokenProcessPool as error:
+            raise self._failed(microbatches, error) from error
+        self._solved[key] = _Solving(problem, future, before)
 
     def get(self, microbatches: Mapping[str, int]) -> Chosen:
         """The schedule for these numbers of micro-batches; waits until it is solved.
+
+        While a schedule is solved anew because times have drifted, it is the one before, which is as valid.
 
         Raises:
             RuntimeError: the solving process took too long, or died.
         """
         self.begin(microbatches)
-        _, solving = self._solved[tuple(microbatches[name] for name in self.models)]
-        try:
-            found = solving.result(self.solve_s + self.timeout_s)
-        except (TimeoutError, BrokenProcessPool) as error:
-            raise RuntimeError(
-                f"no schedule for {dict(microbatches)} micro-batches came within {self.solve_s + self.timeout_s:g} s "
-                f"({type(error).__name__}): set fuse.training.mode to off to train the models one after the other"
-            ) from error
+        solving = self._solved[tuple(microbatches[name] for name in self.models)]
+        found = solving.usable()
+        if found is None:
+            try:
+                found = solving.future.result(self.solve_s + self.timeout_s)
+            except (TimeoutError, BrokenProcessPool) as error:
+                raise self._failed(microbatches, error) from error
         now = self.problem(microbatches)  # times may have become known, or changed a little
         schedule = Schedule(now, found.orders)
         return Chosen(
@@ -182,6 +217,12 @@ class FusedSchedules:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _failed(self, microbatches: Mapping[str, int], error: Exception) -> RuntimeError:
+        return RuntimeError(
+            f"no schedule for {dict(microbatches)} micro-batches came within {self.solve_s + self.timeout_s:g} s "
+            f"({type(error).__name__}): set fuse.training.mode to off to train the models one after the other"
+        )
 
     def _model(self, name: str, model: FusedModel, microbatches: int) -> PipelineModel:
         stages = model.layout.pp

@@ -6,7 +6,7 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 
 from megatron_ultraep.megatron.groups import ParallelLayout
-from megatron_ultraep.pipeline.baselines import concatenated
+from megatron_ultraep.pipeline.baselines import concatenated, random_schedule
 from rl.orchestration import fused
 from rl.orchestration.fused import FusedModel, FusedSchedules
 from rl.training.fused import StageSeconds
@@ -91,3 +91,30 @@ def test_a_solver_that_is_gone_is_named_with_what_to_do(schedules):
     schedules._pool.error = BrokenProcessPool("it was killed")
     with pytest.raises(RuntimeError, match=r"'actor': 4.*BrokenProcessPool.*fuse.training.mode to off"):
         schedules.get(COUNTS)
+
+
+def test_the_schedule_before_runs_until_the_new_one_is_there(schedules):
+    first = schedules.get(COUNTS)
+    slow = [Future(), Future()]
+    waiting = iter(slow)
+    schedules._pool.submit = lambda solve, problem, seconds: next(waiting)
+    schedules.observe(times([1.0] * 4, [3.0] * 2))
+    drifted = schedules.get(COUNTS)
+    assert drifted.schedule.orders == first.schedule.orders
+    assert not drifted.guessed
+    # Drifted again before it was solved: the first search is called off, and what runs is still the schedule before.
+    schedules.observe(times([9.0] * 4, [1.0] * 2))
+    assert schedules.get(COUNTS).schedule.orders == first.schedule.orders
+    assert slow[0].cancelled()
+    found = random_schedule(schedules.problem(COUNTS), seed=0)
+    slow[1].set_result(found)
+    assert schedules.get(COUNTS).schedule.orders == found.orders != first.schedule.orders
+
+
+def test_a_solver_that_died_before_is_named_too(schedules):
+    def broken(*_):
+        raise BrokenProcessPool("it was killed")
+
+    schedules._pool.submit = broken
+    with pytest.raises(RuntimeError, match=r"'critic': 4.*BrokenProcessPool.*fuse.training.mode to off"):
+        schedules.begin(COUNTS)
