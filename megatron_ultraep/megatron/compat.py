@@ -267,7 +267,11 @@ def parameter_scheduler(
     style: str,
     weight_decay: float,
 ) -> Any:
-    """Learning-rate schedule counted in optimizer steps."""
+    """Learning-rate schedule counted in optimizer steps.
+
+    A state that is loaded into it gives the number of steps and nothing else: a run that is resumed to go on longer
+    decays until its new end.
+    """
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
     return OptimizerParamScheduler(
@@ -282,6 +286,8 @@ def parameter_scheduler(
         end_wd=weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
 
 

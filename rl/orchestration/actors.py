@@ -96,7 +96,9 @@ def engine_config(config: RunConfig) -> EngineConfig:
 def trainer_spec(config: RunConfig, iterations: int) -> TrainerSpec:
     """What every trainer rank builds, in a run of so many iterations."""
     t, c, scorer = config.trainer, config.critic, config.reward.model
-    steps = iterations * config.algorithm.mini_batches * config.algorithm.epochs_per_batch
+    per_iteration = config.algorithm.mini_batches * config.algorithm.epochs_per_batch
+    alone = 0 if c is None else c.warmup_steps  # iterations in which the critic learns alone
+    steps = iterations * per_iteration
     own_reference = config.reference.parallel is not None or fused_partner(config).name == "reference"
     model_path = str(config.model.path.absolute())
     return TrainerSpec(
@@ -105,7 +107,7 @@ def trainer_spec(config: RunConfig, iterations: int) -> TrainerSpec:
         dtype=config.model.dtype,
         recompute=Recompute(t.recompute, t.recompute_modules),
         distributed_optimizer=t.distributed_optimizer,
-        optimizer=_optimizer_spec(t.optimizer, steps),
+        optimizer=_optimizer_spec(t.optimizer, max(1, steps - alone * per_iteration)),
         reference=config.keeps_reference,
         seed=config.run.seed,
         collective_s=config.run.limits.collective_s,

@@ -24,6 +24,13 @@ def test_learning_rates_decay_until_the_end_of_the_run(decay_steps, expected):
     assert spec.critic.optimizer.decay_steps == 60
 
 
+def test_the_actors_schedule_leaves_out_iterations_in_which_the_critic_learns_alone():
+    critic = [("critic.warmup_steps", 4), ("run.steps", 10), ("algorithm.mini_batches", 2)]
+    spec = trainer_spec(from_dict(changed(*PPO, *critic, ("trainer.optimizer", LINEAR))), iterations=10)
+    assert spec.optimizer.decay_steps == 12
+    assert spec.critic.optimizer.decay_steps == 20
+
+
 def test_the_partners_stages_lie_against_the_actors():
     critic = trainer_spec(from_dict(changed(*PP2, *PPO, ("critic.parallel", {"ep": 2}))), iterations=1)
     assert critic.layout.placement is None
