@@ -212,10 +212,10 @@ def _aligned(samples: Sequence[Sample], rows: Sequence[torch.Tensor]) -> list[np
 
 
 def value_metrics(values: torch.Tensor, returns: torch.Tensor) -> dict[str, float]:
-    """How values were before the update; ``[tokens]`` each, of learnt tokens."""
+    """How values were before the update; ``[tokens]`` each, of learnt tokens; zeros where there are none."""
     return {
-        "critic/values/mean": float(values.mean()),
-        "critic/returns/mean": float(returns.mean()),
+        "critic/values/mean": float(values.mean()) if len(values) else 0.0,
+        "critic/returns/mean": float(returns.mean()) if len(returns) else 0.0,
         "critic/explained_variance": explained_variance(values, returns),
     }
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from rl.config import from_dict
-from rl.orchestration.experience import policy_loss_config, train_samples, with_advantages
+from rl.orchestration.experience import policy_loss_config, train_samples, value_metrics, with_advantages
 from rl.training.batch import Counts
 from rl.types import Prompt, Sample
 from tests.rl.test_config import changed
@@ -103,3 +104,7 @@ def test_the_loss_that_the_configuration_asks_for():
     assert (loss.importance_band, loss.importance_level, loss.importance_cap) == ((0.5, 5.0), "sequence_mean", None)
     in_reward = from_dict(changed(("algorithm.kl", {"coef": 0.1, "in": "reward"})))
     assert policy_loss_config(in_reward) == replace(policy_loss_config(from_dict(changed())), sequence_length=256.0)
+
+
+def test_values_of_nothing_that_is_learnt_are_numbers():
+    assert set(value_metrics(torch.zeros(0), torch.zeros(0)).values()) == {0.0}
