@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rl.config import RunConfig, from_dict
-from rl.evaluation import EvalResult, Judgement, eval_files, judge, read_eval, summarize
+from rl.evaluation import EvalResult, Judgement, eval_files, judge, read_eval, summarize_samples
 from rl.ledger import Ledger, LedgerError
 from rl.rewards.loading import load_reward
 from rl.rewards.runner import RewardRunner
@@ -82,7 +82,7 @@ def verify_eval(run_directory: Path | str) -> Verification:
             recorded = read_eval(path)
             scored = runner.score(recorded)
             mismatches += _mismatches(step, recorded, scored)
-            results.append(summarize(step, [sample.reward for sample in scored], config.evaluation.correct_from))
+            results.append(summarize_samples(step, scored, config.evaluation.correct_from))
     finally:
         runner.close()
     success = config.evaluation.success

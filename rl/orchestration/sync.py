@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from rl.config import RunConfig
-from rl.evaluation import eval_files, judge, read_eval, summarize
+from rl.evaluation import eval_files, judge, read_eval, summarize_samples
 from rl.orchestration.ahead import Moved
 from rl.orchestration.arriving import chunk_tokens, train_arriving
 from rl.orchestration.critic import values_of, with_model_scores
@@ -216,7 +216,7 @@ def finish(state: Run) -> int:
     """Compare held-out accuracy, recomputed from the saved samples, with the thresholds."""
     success = state.config.evaluation.success
     results = [
-        summarize(step, [s.reward for s in state.reward.score(read_eval(path))], state.config.evaluation.correct_from)
+        summarize_samples(step, state.reward.score(read_eval(path)), state.config.evaluation.correct_from)
         for step, path in eval_files(state.directory).items()
     ]
     by_step = {result.step: result for result in results}
