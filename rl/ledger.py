@@ -49,6 +49,12 @@ FIELDS_THAT_MATTER = (
     "algorithm",
     "warmup",
     "trainer.optimizer",
+    "critic.model_path",
+    "critic.optimizer",
+    "critic.clip",
+    "critic.warmup_steps",
+    "reward.model.path",
+    "reward.model.weight",
 )
 
 

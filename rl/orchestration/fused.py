@@ -253,7 +253,7 @@ class FusedSchedules:
 def _solve(problem: Problem, seconds: float) -> Schedule:
     from megatron_ultraep.pipeline.solve import solve  # compiled; the driver has no need of it
 
-    return solve(problem, seed=0, seconds=seconds / 2, memory_seconds=seconds / 2).schedule
+    return solve(problem, seed=0, seconds=0.75 * seconds, memory_seconds=0.25 * seconds).schedule
 
 
 class FusedTraining:
@@ -282,6 +282,8 @@ class FusedTraining:
 
     def begin(self, run: Run, batches: Sequence[Sequence[TrainSample]]) -> None:
         """Begin to solve for the mini-batches of an iteration, before anything runs."""
+        if self.partner == "reference":
+            batches = batches[: run.config.algorithm.mini_batches]  # later epochs have their log-probs
         for mine, theirs in self._pairs(batches):
             packed = run.packing.layout_of(mine), run.packing_of(self.partner).layout_of(theirs)
             self.schedules.begin(self._microbatches(*(layout.num_microbatches for layout in packed)))
