@@ -77,9 +77,9 @@ def compare(ranks, directory, case, transport):
 class AttachedEarly(TrainWorker):
     """Balanced before DDP wraps the model and the optimizer is made."""
 
-    def _wrap_and_optimize(self):
-        self.early = attach(self.actor.chunks, BALANCE)
-        super()._wrap_and_optimize()
+    def _train(self, name, model, *arguments):
+        self.early = attach(model.chunks, BALANCE)
+        super()._train(name, model, *arguments)
 
 
 def early_gradients(directory, layout):
