@@ -35,9 +35,10 @@ part "ruff format" "$python" -m ruff format --check .
 part "mypy" "$python" -m mypy "${typed[@]}"
 part "pytest, megatron-core $pinned_megatron" \
     env ULTRAEP_EXPECT_MCORE="$pinned_megatron" "$python" -m pytest
+# Kernels and the harness of ranks know no Megatron: once is enough.
 part "pytest of several ranks, megatron-core $second_megatron" \
     env ULTRAEP_EXPECT_MCORE="$second_megatron" PYTHONPATH="$second_megatron_path" \
-    "$python" -m pytest -m "multiproc and not slow"
+    "$python" -m pytest -m "multiproc and not slow" --ignore=tests/megatron_ultraep/kernels --ignore=tests/test_ranks.py
 
 echo
 for name in "${failed[@]}"; do echo "failed: $name"; done
