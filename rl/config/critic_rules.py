@@ -39,6 +39,14 @@ def critic(config: RunConfig) -> Iterator[Violation]:
             "it or raise run.steps.",
             ("run.steps",),
         )
+    field = "critic.parallel" if section is not None and section.parallel is not None else "trainer.parallel"
+    if section is not None and config.layouts[field].vpp > 1:
+        yield Violation(
+            f"{field}.vpp",
+            "a critic's gradients are not tested with virtual pipeline stages; set it to 1, or give critic.parallel "
+            "sizes of its own.",
+            ("critic",),
+        )
     if config.reference.parallel is not None and not config.keeps_reference:
         yield Violation(
             "reference.parallel",

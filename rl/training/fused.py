@@ -184,7 +184,7 @@ class Fusion:
         executor = self._executor(schedule)
         with contextlib.ExitStack() as stack:
             prepared = [self._prepare(part, stack) for part in ordered]
-            report = executor.run([_work(each) for each in prepared])
+            report = executor.run([stage_work(each) for each in prepared])
             routes = [each.finish() for each in prepared]
         computed = time.perf_counter()
         result = FusedResult(
@@ -246,7 +246,8 @@ class Fusion:
         return found
 
 
-def _work(prepared: PreparedPass) -> StageWork:
+def stage_work(prepared: PreparedPass) -> StageWork:
+    """A prepared pass as the executor takes it."""
     model = prepared.model
     return StageWork(
         chunk=model.run_chunks()[0],

@@ -414,6 +414,11 @@ BROKEN = [
     ([("critic", {})], "critic", "advantage: gae"),
     ([*PPO, ("stream.pipelining", True)], "algorithm.gae.whiten", "set whiten: false"),
     ([*PPO, ("critic.warmup_steps", 3)], "critic.warmup_steps", "fewer than run.steps = 3"),
+    (
+        [*PPO, ("trainer.ranks", 2), ("critic.parallel", {"pp": 2, "vpp": 2})],
+        "critic.parallel.vpp",
+        "not tested with virtual",
+    ),
     ([*PPO, ("critic.parallel", {"pp": 2})], "critic.parallel", "at least etp*ep*pp = 2"),
     ([*PPO, ("critic.optimizer", {"min_lr": 1.0})], "critic.optimizer.min_lr", "at most critic.optimizer.lr"),
     ([*PPO, ("critic.recompute", "selective")], "critic.recompute_modules", "came none"),

@@ -7,6 +7,7 @@ from rl.config.fused_training import fused_partner
 from tests.rl.test_config import PPO, changed
 
 PP2 = [("trainer.ranks", 4), ("trainer.parallel", {"pp": 2, "ep": 2})]
+GPUS = [("trainer.backend", "nccl"), ("rollout.device", "cuda")]
 REFERENCE = [*PP2, ("algorithm.kl.coef", 0.1), ("algorithm.mini_batches", 2)]
 
 
@@ -17,6 +18,7 @@ REFERENCE = [*PP2, ("algorithm.kl.coef", 0.1), ("algorithm.mini_batches", 2)]
         ([*PP2, *PPO, ("critic.parallel", {"ep": 2})], "critic"),
         ([*PP2, *PPO, ("algorithm.kl.coef", 0.1), ("algorithm.mini_batches", 2)], "critic"),
         ([*PP2, *PPO, ("stream.staleness", 1)], "critic"),
+        ([*PP2, *PPO, *GPUS, ("allow_untested", True)], "critic"),
         (REFERENCE, "reference"),
         ([*REFERENCE, ("fuse.training.mode", "on")], "reference"),
     ],
@@ -32,15 +34,16 @@ def test_partner(changes, name):
     [
         ([*PP2, *PPO, ("fuse.training.mode", "off")], "mode says so"),
         (PPO, "no bubbles"),
-        ([("trainer.ranks", 2), ("trainer.parallel", {"pp": 2, "vpp": 2}), *PPO], "virtual pipeline stages"),
+        ([*REFERENCE, ("trainer.parallel", {"pp": 2, "vpp": 2})], "virtual pipeline stages"),
         ([*PP2, *PPO, ("stream.pipelining", True), ("algorithm.gae.whiten", False)], "as they arrive"),
+        ([*PP2, *PPO, *GPUS], "have not run on GPUs"),
         (PP2, "grpo without a critic and without a reference"),
         ([*REFERENCE, ("algorithm.kl.in", "reward")], "rewards need"),
         ([*PP2, ("algorithm.kl.coef", 0.1)], "raise algorithm.mini_batches"),
         ([*REFERENCE, ("fuse.tail.enabled", True)], "in the tail of generation"),
         ([*PP2, *PPO, ("critic.parallel", {"pp": 4})], "4 stages do not divide the actor's 2"),
         ([*PP2, *PPO, ("critic.parallel", {"ep": 4})], "takes lcm(tp, etp*ep) = 4 ranks"),
-        ([*PP2, *PPO, ("critic.parallel", {"pp": 2, "vpp": 2})], "set critic.parallel.vpp to 1"),
+        ([*REFERENCE, ("reference.parallel", {"pp": 2, "vpp": 2})], "set reference.parallel.vpp to 1"),
     ],
 )
 def test_nobody(changes, said):

@@ -15,9 +15,9 @@ from megatron_ultraep.pipeline.baselines import concatenated, one_f_one_b, rando
 from megatron_ultraep.pipeline.communication import Links
 from megatron_ultraep.pipeline.executor import ExecutionReport, FusedExecutor
 from megatron_ultraep.pipeline.problem import PipelineModel, Problem, Schedule
-from megatron_ultraep.pipeline.stage import StageWork
 from rl.models.weights import export_weights
 from rl.training.batch import MiniBatch, unpack_rows
+from rl.training.fused import stage_work
 from rl.training.passes import PreparedPass, row_values
 from rl.training.worker import TrainWorker
 from tests.rl.training.common import make_layout
@@ -31,19 +31,6 @@ def nodes_of(worker: TrainWorker, model: str) -> tuple[tuple[int, ...], ...]:
     """Where a model's stages lie."""
     layout = worker.spec.layout_of(model)
     return layout.placement or (tuple(range(layout.pp)),)
-
-
-def work_of(prepared: PreparedPass) -> StageWork:
-    model = prepared.model
-    return StageWork(
-        chunk=model.run_chunks()[0],
-        config=model.config,
-        groups=model.groups,
-        forward_step=prepared.forward_step,
-        data=prepared.iterators[0],
-        rows=prepared.rows,
-        forward_only=prepared.forward_only,
-    )
 
 
 def problem_of(worker: TrainWorker, counts: dict[str, int], forward_only: Collection[str] = ()) -> Problem:
@@ -147,7 +134,7 @@ class Fused:
             schedule_of(problem_of(self.worker, right | counts, forward_only), kind) if dist.get_rank() == 0 else None
         )
         executor = FusedExecutor(share_schedule(mine), self.links)
-        works = [work_of(passing) for passing in prepared.values()]
+        works = [stage_work(passing) for passing in prepared.values()]
         return executor.run([replace(w, rows=tuple(r + more_rows for r in w.rows)) for w in works])
 
     def tensors(self, name: str, source: str = "main_grad") -> dict[str, Any]:
