@@ -340,6 +340,13 @@ def _warmup(config: RunConfig) -> Iterator[Violation]:
             "warmup.answer_template",
             f"expected a text that holds {{answer}}, came {config.warmup.answer_template!r}; put {{answer}} in it.",
         )
+    if config.warmup.learn == "text" and config.warmup.stop_at_accuracy is not None:
+        yield Violation(
+            "warmup.stop_at_accuracy",
+            f"expected null with warmup.learn=text, came {config.warmup.stop_at_accuracy}: whole texts are never "
+            "predicted exactly; set it to null, or learn answers.",
+            ("warmup.learn",),
+        )
 
 
 RULES: tuple[Rule, ...] = (

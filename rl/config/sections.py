@@ -246,6 +246,11 @@ class WarmupSection(Section):
     examples: int | None = Field(None, ge=1, description="Different problems; null: steps * batch_size.")
     examples_seed: int = Field(0, ge=0, description="Generator seed; example i has seed `examples_seed + i`.")
     answer_template: str = Field("{answer}", description="Text around each right answer; must hold `{answer}`.")
+    learn: Literal["answers", "text"] = Field(
+        "answers",
+        description="answers: the prompt is given and the answer learnt; text: prompt and answer are learnt as running "
+        "text, a language-model warm-up.",
+    )
     stop_at_accuracy: float | None = Field(
         None, gt=0, le=1, description="Stop early at this greedy accuracy on the batches (mean of two); null: never."
     )

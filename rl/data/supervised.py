@@ -24,7 +24,8 @@ class SupervisedExample:
         text: the prompt after the template.
         answer: the right answer.
         tokens: int32 ``[T]``: prompt, answer, end of sequence.
-        loss_mask: bool ``[T]``, True for tokens to be learnt as *targets*: those of the answer and the end of sequence.
+        loss_mask: bool ``[T]``, True for tokens to be learnt as *targets*: those of the answer and the end of sequence,
+            or all but the first, which nothing comes before.
             With inputs ``tokens[:-1]`` and targets ``tokens[1:]``, the mask of the targets is ``loss_mask[1:]``.
     """
 
@@ -43,6 +44,7 @@ def sft_examples(
     chat_args: Mapping[str, Any] | None = None,
     max_prompt_tokens: int | None = None,
     answer_template: str = "{answer}",
+    learn_prompts: bool = False,
 ) -> list[SupervisedExample]:
     """Solved problems from rows with an ``answer``.
 
@@ -53,6 +55,7 @@ def sft_examples(
         chat, chat_args: see ``PromptEncoder``.
         max_prompt_tokens: longest prompt allowed; None for no limit.
         answer_template: text around each answer, with ``{answer}`` where it goes.
+        learn_prompts: learn the tokens of prompts too, as a language model does.
 
     Raises:
         DataError: rows without an answer, or with prompts that cannot be used; all are named.
@@ -71,5 +74,6 @@ def sft_examples(
         answer = answer_template.replace("{answer}", str(row.answer))
         target = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         tokens = np.concatenate([prompt.tokens, np.asarray(target, dtype=np.int32)])
-        examples.append(SupervisedExample(prompt.text, answer, tokens, np.arange(len(tokens)) >= len(prompt.tokens)))
+        learnt = np.arange(len(tokens)) >= (1 if learn_prompts else len(prompt.tokens))
+        examples.append(SupervisedExample(prompt.text, answer, tokens, learnt))
     return examples

@@ -142,9 +142,10 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
             **encoding,
         )
         skipped["eval"] += held_out.skipped
-    examples = (
-        sft_examples(solved_rows, tokenizer, answer_template=warmup.answer_template, **encoding) if solved_rows else []
-    )
+    examples = []
+    if solved_rows:
+        wording = {"answer_template": warmup.answer_template, "learn_prompts": warmup.learn == "text"}
+        examples = sft_examples(solved_rows, tokenizer, **wording, **encoding)
     train = PromptDataset(
         train_rows, tokenizer, seed=config.run.seed, shuffle=section.shuffle, skip_bad=True, **encoding
     )

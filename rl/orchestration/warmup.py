@@ -15,7 +15,8 @@ _WINDOW = 2  # batches whose accuracies are averaged
 def warm_up(run: Run) -> None:
     """Learn solved problems for ``warmup.steps`` optimizer steps, or until they are answered well enough.
 
-    The accuracy is that of greedy decoding on the batch, before it is learnt from: a by-product of the loss.
+    The accuracy is that of greedy decoding on the batch, before it is learnt from: a by-product of the loss. There is
+    none when whole texts are learnt.
 
     Leaves a fresh optimizer; the reference model starts from the warmed-up weights.
     """
@@ -37,9 +38,10 @@ def warm_up(run: Run) -> None:
             metrics = {
                 "warmup/loss": outcome.loss,
                 "warmup/grad_norm": outcome.grad_norm,
-                "warmup/accuracy": outcome.sums["exact"] / len(samples),
             }
-            recent = [*recent, metrics["warmup/accuracy"]][-_WINDOW:]
+            if section.learn == "answers":
+                metrics["warmup/accuracy"] = outcome.sums["exact"] / len(samples)
+                recent = [*recent, metrics["warmup/accuracy"]][-_WINDOW:]
             run.metrics.log(step, metrics, axis="warmup_step")
             progress.update(step, metrics)
             limit = section.stop_at_accuracy

@@ -468,6 +468,7 @@ BROKEN = [
     ([*TAIL_ON_GPUS, ("balance.enabled", True)], "fuse.tail.enabled", "balancing does not know"),
     ([("data.train", {"jsonl": "a.jsonl"}), ("warmup.steps", 3)], "warmup.steps", "expected 0"),
     ([("warmup", {"steps": 1, "answer_template": "x"})], "warmup.answer_template", "{answer}"),
+    ([("warmup", {"steps": 1, "learn": "text", "stop_at_accuracy": 0.5})], "warmup.stop_at_accuracy", "expected null"),
     ([("data.eval", None), ("evaluation.every", 3)], "evaluation.every", "data.eval"),
     ([("data.eval", None), ("evaluation.success.after_min", 0.6)], "evaluation.success.after_min", "data.eval"),
     ([("evaluation.prompts", 51)], "evaluation.prompts", "at most data.eval.size = 50"),

@@ -34,3 +34,9 @@ def test_refusals(tokenizer):
         sft_examples([Row("a", origin="x:1"), Row("b", answer="c"), Row("d", answer="", origin="x:3")], tokenizer)
     with pytest.raises(ValueError, match=r"with \{answer\}"):
         sft_examples([], tokenizer, answer_template="x")
+
+
+def test_running_text_learns_the_prompt_too(tokenizer):
+    (example,) = sft_examples([Row("2+3", answer="5")], tokenizer, learn_prompts=True)
+    assert example.loss_mask.tolist() == [False] + [True] * (len(example.tokens) - 1)
+    assert tokenizer.decode(example.tokens) == "2+35<eos>"
