@@ -1,7 +1,8 @@
 """``ultraep-rl``: train, look at and verify runs.
 
 Exit codes: 0 all is well, 1 the run failed, 2 the configuration, its data or the command line is wrong, 3 an accuracy
-threshold (`evaluation.success`) was missed, 130 Ctrl-C.
+threshold (`evaluation.success`) was missed, 75 SIGUSR1 asked the run to stop and `--resume` goes on, 130 Ctrl-C or
+SIGTERM.
 
 Heavy packages (torch, ray, vllm) are imported only by the commands that need them, so that `--dry-run` is immediate
 and works where they are not installed.

@@ -290,7 +290,8 @@ class Ledger:
         self._consumed.update(record.consumed)
 
     def finish(self, outcome: str, detail: str = "") -> None:
-        """Note in `run.json` how this session ended: ``"finished"``, ``"failed"``, ``"interrupted"``, ``"thresholds"``.
+        """Note in `run.json` how this session ended: ``"finished"``, ``"failed"``, ``"interrupted"``, ``"thresholds"``,
+        ``"stopped"`` (asked to, to be resumed).
 
         A session without an outcome was killed.
         """

@@ -35,6 +35,7 @@ OUTCOMES = {
     "thresholds": ("accuracy threshold missed", "bad"),
     "failed": ("failed", "bad"),
     "interrupted": ("interrupted", "warn"),
+    "stopped": ("stopped as asked, to be resumed", "warn"),
     None: ("running, or killed", "warn"),
 }
 

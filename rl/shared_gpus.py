@@ -8,6 +8,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rl.rank_nodes import bundles_by_node
+
 
 class SharedGpus:
     """One bundle of a GPU and two CPUs for each pair.
@@ -31,10 +33,11 @@ class SharedGpus:
                 f"{free.get('GPU', 0):g} GPUs and {free.get('CPU', 0):g} CPUs free; lower trainer.ranks and "
                 "rollout.engines"
             )
+        self._order = bundles_by_node(self._group)  # neighbours in rank are neighbours on a node
 
     def options(self, index: int) -> dict[str, Any]:
         """Ray options of an actor that takes half of the index-th GPU."""
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=self._order[index])
         return {"num_gpus": 0.5, "num_cpus": 1, "scheduling_strategy": strategy}
 
     def release(self) -> None:

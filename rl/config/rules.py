@@ -72,7 +72,19 @@ def _lengths(config: RunConfig) -> Iterator[Violation]:
 
 
 def _layout(config: RunConfig) -> Iterator[Violation]:
-    ranks = config.trainer.ranks
+    ranks, per_node = config.trainer.ranks, config.trainer.ranks_per_node
+    if per_node is not None and ranks % per_node:
+        yield Violation(
+            "trainer.ranks_per_node",
+            f"expected a divisor of trainer.ranks = {ranks}, came {per_node}; every node has as many ranks.",
+            ("trainer.ranks",),
+        )
+    if per_node is not None and config.stream.colocated:
+        yield Violation(
+            "trainer.ranks_per_node",
+            f"expected null because stream.colocated fills nodes GPU by GPU, came {per_node}; remove it.",
+            ("stream.colocated",),
+        )
     for path, parallel in config.layouts.items():
         fields = ("trainer.ranks", path)
         blamed = "trainer.ranks" if path == "trainer.parallel" else path

@@ -40,6 +40,10 @@ class TrainerSection(Section):
     """The Megatron ranks."""
 
     ranks: int = Field(1, ge=1, description="Trainer ranks, each a Ray actor.")
+    ranks_per_node: int | None = Field(
+        None, ge=1, description="Neighbouring ranks on each node of a cluster, as a rule one for each GPU; null: on as "
+        "few nodes as have room, neighbours together.",
+    )  # fmt: skip
     backend: Literal["gloo", "nccl"] = Field("gloo", description="gloo trains on CPU, nccl on GPU.")
     parallel: ParallelSection = Field(default_factory=ParallelSection, description="Megatron layout.")
     sequence_parallel: bool = Field(False, description="Megatron's sequence parallelism; must be true when tp > 1.")

@@ -6,9 +6,10 @@ import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
 from megatron_ultraep.megatron.groups import ParallelLayout
-from rl.config import OptimizerSection, RunConfig
+from rl.config import ConfigError, OptimizerSection, RunConfig, Violation
 from rl.config.fused_training import fused_partner
 from rl.models.builder import Recompute
+from rl.rank_nodes import RankNodes, described_nodes, live_nodes
 from rl.rollout.config import EngineConfig
 from rl.rollout.dispatch import Dispatch, get_dispatch
 from rl.rollout.fleet import Engines
@@ -47,6 +48,10 @@ def start_actors(config: RunConfig, iterations: int, stack: contextlib.ExitStack
     if config.stream.colocated and config.rollout.device == "cuda":
         share = SharedGpus(config.trainer.ranks, config.run.limits.actor_start_s)
         stack.callback(share.release)
+    nodes = None
+    if share is None and (len(live_nodes()) > 1 or config.trainer.ranks_per_node is not None):
+        nodes = _rank_nodes(config)  # before engines, which would take single GPUs of nodes that ranks need whole
+        stack.callback(nodes.release)
 
     def start_pool() -> EnginePool:
         pool = EnginePool(engine_config(config), config.rollout.engines, share=share)
@@ -60,6 +65,7 @@ def start_actors(config: RunConfig, iterations: int, stack: contextlib.ExitStack
             backend=config.trainer.backend,
             limits=TrainerLimits(limits.actor_start_s, limits.train_step_s, limits.checkpoint_s, limits.generate_s),
             share=share,
+            nodes=nodes,
         )
         stack.callback(trainer.stop)
         return trainer
@@ -69,6 +75,20 @@ def start_actors(config: RunConfig, iterations: int, stack: contextlib.ExitStack
         pool, trainer = starting_pool.result(), starting_trainer.result()
     trainer.connect(pool.handles)
     return pool, trainer
+
+
+def _rank_nodes(config: RunConfig) -> RankNodes:
+    """Raises ConfigError: fewer nodes than ``trainer.ranks_per_node`` asks for."""
+    t = config.trainer
+    if t.ranks_per_node is not None and (nodes := len(live_nodes())) < (needed := t.ranks // t.ranks_per_node):
+        said = (
+            f"expected at least {needed} nodes for {t.ranks} ranks, {t.ranks_per_node} on each, Ray has {nodes} "
+            f"({described_nodes()}); start it on more nodes (scripts/slurm/launch.sh does), or raise or remove this."
+        )
+        raise ConfigError("trainer.ranks_per_node", [Violation("trainer.ranks_per_node", said)])
+    return RankNodes(
+        t.ranks, gpus=t.backend == "nccl", per_node=t.ranks_per_node, timeout_s=config.run.limits.actor_start_s
+    )
 
 
 def engine_config(config: RunConfig) -> EngineConfig:

@@ -35,6 +35,7 @@ from rl.orchestration.steps import (
     train,
 )
 from rl.orchestration.tail import Inferred, Tail, finish_inference, infer_beside
+from rl.orchestration.stopping import STOPPED, stop_requests
 from rl.orchestration.warmup import warm_up
 from rl.progress import Progress
 from rl.report import write_report
@@ -51,10 +52,11 @@ def run(config: RunConfig, resume: Path | None = None) -> int:
         resume: directory of a run to continue.
 
     Returns:
-        0, or 3 when an accuracy threshold of ``evaluation.success`` was missed.
+        0, 3 when an accuracy threshold of ``evaluation.success`` was missed, or 75 when the run was asked to stop
+        and can be resumed.
     """
     try:
-        with open_run(config, resume) as state:
+        with stop_requests() as stop, open_run(config, resume) as state:
             state.elastic = Elastic.of_run(config, state.service, state.pool.info.start_s)
             state.tail = Tail.of_run(config, state.pool.info, state.packing.layout)
             if state.saved_step < 0:
@@ -62,14 +64,17 @@ def run(config: RunConfig, resume: Path | None = None) -> int:
             total = state.total_steps()
             state.progress.close()
             state.progress = Progress(total, initial=state.step, enabled=config.logging.progress)
-            while state.step < total:
-                one_step(state)
+            while state.step < total and not stop.requested:
+                with profiled(state):
+                    one_step(state)
                 last = state.step == total
                 if config.evaluation.every and state.step % config.evaluation.every == 0 and not last:
                     evaluate(state)
                 if (config.checkpoint.every and state.step % config.checkpoint.every == 0) or last:
                     state.save()
             if config.evaluation.at_end:
+            if stop.requested:
+                return stop_here(state)
                 evaluate(state)
             return finish(state)
     finally:
@@ -77,6 +82,14 @@ def run(config: RunConfig, resume: Path | None = None) -> int:
 
 
 def _report(directory: Path) -> None:
+def stop_here(state: Run) -> int:
+    """Save what there is; a resumed run goes on with the next iteration, or with the evaluation after the last."""
+    state.save()
+    state.ledger.finish("stopped")
+    print(f"stopped after step {state.step} as asked; --resume goes on")
+    return STOPPED
+
+
     """The report of whatever there is; its failure must not hide how the run ended."""
     if not (directory / "run.json").is_file():
         return

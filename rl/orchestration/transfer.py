@@ -241,7 +241,7 @@ class WeightTransfer:
         # Shorter than the engines' own limit of an update, within which they take the copy if this fails.
         limit = config.run.limits.weight_update_s / 4
         self._limits = Limits(join_s=limit, start_s=limit, bucket_s=limit)
-        self._rendezvous = Rendezvous() if self.path in ("gloo", "nccl") else None
+        self._rendezvous = Rendezvous(ray.util.get_node_ip_address()) if self.path in ("gloo", "nccl") else None
         self._plan: TransferPlan | None = None
         self._membership: Membership | None = None
         self._members: dict[int, int] = {}

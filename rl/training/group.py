@@ -25,6 +25,8 @@ import ray
 from megatron_ultraep.layout import Pass
 from megatron_ultraep.megatron.migrate import MoveReport
 from megatron_ultraep.pipeline.problem import Schedule
+from megatron_ultraep.telemetry.profiler import ProfileSettings
+from rl.rank_nodes import RankNodes
 from rl.shared_gpus import SharedGpus
 from rl.training.accumulate import check_apply, check_first
 from rl.training.actor import TrainerActor
@@ -88,6 +90,7 @@ class Trainer:
         limits: of every wait.
         environment: additional environment variables of the ranks.
         share: GPUs shared with engines, rank r on the r-th; None: GPUs of their own.
+        nodes: room on the nodes of a cluster; None: there is one node, or ``share`` says where.
 
     Raises:
         TrainerDied, TrainerTimeout: a rank did not come up; those that did are ended.
@@ -101,6 +104,7 @@ class Trainer:
         limits: TrainerLimits | None = None,
         environment: dict[str, str] | None = None,
         share: SharedGpus | None = None,
+        nodes: RankNodes | None = None,
     ) -> None:
         self.spec = spec
         self.limits = limits or TrainerLimits()
@@ -114,7 +118,7 @@ class Trainer:
             "max_restarts": 0,
             "runtime_env": {"env_vars": trainer_environment(backend) | (environment or {})},
         }
-        actor = ray.remote(TrainerActor)
+        actor, place = ray.remote(TrainerActor), share or nodes
         self.handles = [
             actor.options(**options | (share.options(rank) if share is not None else {})).remote(rank)
             for rank in range(world)

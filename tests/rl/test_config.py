@@ -437,6 +437,12 @@ BROKEN = [
         "previous",
     ),
     ([("stream", {"colocated": True, "staleness": 1})], "stream.colocated", "take turns"),
+    ([("trainer", {"ranks": 4, "ranks_per_node": 3})], "trainer.ranks_per_node", "a divisor of trainer.ranks = 4"),
+    (
+        [("trainer", {"ranks": 4, "ranks_per_node": 2}), ("stream.colocated", True)],
+        "trainer.ranks_per_node",
+        "fills nodes GPU by GPU",
+    ),
     ([("stream.dispatch", "longest_first")], "stream.predictor", "predicted lengths"),
     ([("stream.transfer", "nccl")], "stream.transfer", "between GPUs"),
     ([("stream", {"transfer": "ipc", "colocated": True})], "stream.transfer", "shares its GPU"),

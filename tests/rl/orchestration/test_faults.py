@@ -75,3 +75,24 @@ def test_interrupt_saves_a_checkpoint_and_leaves_nothing(tmp_path, name):
     assert saved == done or "continues from step 0" in command.output()
     assert "--resume" in command.output()
     assert Ledger.read(tmp_path / "run").run["sessions"][-1]["outcome"] == "interrupted"
+
+
+@pytest.mark.timeout(600)
+def test_sigusr1_stops_after_the_iteration_and_resume_goes_on(tmp_path):
+    config = tiny_config(tmp_path, checkpoint__every=0)
+    command = Command(config)
+    try:
+        command.wait_for(lambda: command.steps() >= 1, 240, "a step")
+        command.process.send_signal(signal.SIGUSR1)
+        assert command.end() == 75, command.output()[-3000:]
+        assert command.orphans() == []
+    finally:
+        command.kill()
+    done = command.steps()
+    total = PROMPTS // 2
+    assert 1 <= done < total, "the run was over before it was asked to stop"
+    assert checkpoint.loop_state(checkpoint.complete(tmp_path / "run" / "checkpoints")[-1])["step"] == done
+    ledger = Ledger.read(tmp_path / "run")
+    assert ledger.run["sessions"][-1]["outcome"] == "stopped"
+    assert ledger.last_step == done
+    assert not (tmp_path / "run" / "steps.rolled_back.jsonl").exists()
