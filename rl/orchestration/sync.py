@@ -34,8 +34,8 @@ from rl.orchestration.steps import (
     save_trace,
     train,
 )
-from rl.orchestration.tail import Inferred, Tail, finish_inference, infer_beside
 from rl.orchestration.stopping import STOPPED, stop_requests
+from rl.orchestration.tail import Inferred, Tail, finish_inference, infer_beside
 from rl.orchestration.warmup import warm_up
 from rl.progress import Progress
 from rl.report import write_report
@@ -65,23 +65,21 @@ def run(config: RunConfig, resume: Path | None = None) -> int:
             state.progress.close()
             state.progress = Progress(total, initial=state.step, enabled=config.logging.progress)
             while state.step < total and not stop.requested:
-                with profiled(state):
-                    one_step(state)
+                one_step(state)
                 last = state.step == total
                 if config.evaluation.every and state.step % config.evaluation.every == 0 and not last:
                     evaluate(state)
                 if (config.checkpoint.every and state.step % config.checkpoint.every == 0) or last:
                     state.save()
-            if config.evaluation.at_end:
             if stop.requested:
                 return stop_here(state)
+            if config.evaluation.at_end:
                 evaluate(state)
             return finish(state)
     finally:
         _report(config.output_dir)
 
 
-def _report(directory: Path) -> None:
 def stop_here(state: Run) -> int:
     """Save what there is; a resumed run goes on with the next iteration, or with the evaluation after the last."""
     state.save()
@@ -90,6 +88,7 @@ def stop_here(state: Run) -> int:
     return STOPPED
 
 
+def _report(directory: Path) -> None:
     """The report of whatever there is; its failure must not hide how the run ended."""
     if not (directory / "run.json").is_file():
         return

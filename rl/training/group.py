@@ -25,7 +25,6 @@ import ray
 from megatron_ultraep.layout import Pass
 from megatron_ultraep.megatron.migrate import MoveReport
 from megatron_ultraep.pipeline.problem import Schedule
-from megatron_ultraep.telemetry.profiler import ProfileSettings
 from rl.rank_nodes import RankNodes
 from rl.shared_gpus import SharedGpus
 from rl.training.accumulate import check_apply, check_first
@@ -120,7 +119,7 @@ class Trainer:
         }
         actor, place = ray.remote(TrainerActor), share or nodes
         self.handles = [
-            actor.options(**options | (share.options(rank) if share is not None else {})).remote(rank)
+            actor.options(**options | (place.options(rank) if place is not None else {})).remote(rank)
             for rank in range(world)
         ]
         try:
