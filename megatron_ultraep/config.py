@@ -85,6 +85,11 @@ class BalanceConfig:
         "newest kept.",
         metavar="MIB",
     )
+    profile: bool = _option(
+        False,
+        "Name ranges for profilers: forward and backward of every transformer layer, attention and MoE layer, and the "
+        "parts of balancing. Windows are those of the job's own profiler.",
+    )
     allow_untested: bool = _option(
         False, "Go on, with a warning, where the Megatron-core version was not tested with this plugin."
     )
@@ -111,6 +116,8 @@ class BalanceConfig:
             problems.append("token_ns and copy_ns_per_mib belong to the gate, which is off: drop them or set gate")
         if self.transport not in ("auto", "collective", "symmetric"):
             problems.append(f"transport must be 'auto', 'collective' or 'symmetric', got {self.transport!r}")
+        if self.profile and not self.enabled:
+            problems.append("profile names ranges of a model that is balanced, and enabled is off: drop one of them")
         if self.record_mib < 1:
             problems.append(f"record_mib must be >= 1 MiB, got {self.record_mib}")
         if problems:

@@ -67,6 +67,8 @@ def attach(
     try:
         for layer in layers:
             balancer.adopt(layer, parent=parents.get(id(layer)), early=early)
+        if config.profile:
+            balancer.name_ranges(model)
     except BaseException:
         balancer.release()
         raise
@@ -128,7 +130,7 @@ def _symmetric(config: BalanceConfig, groups: Sequence[tuple[int, ...]], told: S
 
 def _shared(config: BalanceConfig) -> tuple[Any, ...]:
     """The settings that all ranks must share."""
-    own = {"enabled", "record", "record_mib", "allow_untested"}
+    own = {"enabled", "record", "record_mib", "profile", "allow_untested"}
     return tuple(value for name, value in dataclasses.asdict(config).items() if name not in own)
 
 

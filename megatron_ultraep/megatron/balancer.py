@@ -17,6 +17,7 @@ from megatron_ultraep.megatron import microbatch
 from megatron_ultraep.megatron.checkpoint import home_slot_of, set_home_slot
 from megatron_ultraep.megatron.dispatcher import physical_dispatcher
 from megatron_ultraep.megatron.experts import PhysicalExperts
+from megatron_ultraep.megatron.layer_ranges import LayerRanges
 from megatron_ultraep.megatron.plan_log import PlanLog
 from megatron_ultraep.megatron.stages import (
     ATTRIBUTE,
@@ -29,6 +30,7 @@ from megatron_ultraep.megatron.stages import (
 from megatron_ultraep.megatron.support import Unsupported
 from megatron_ultraep.plan.foresight import StepPlan
 from megatron_ultraep.plan.types import Costs, Plan, PlanSettings
+from megatron_ultraep.runtime import ranges
 from megatron_ultraep.runtime.calls import Backwards
 from megatron_ultraep.runtime.foresight import Foresight
 from megatron_ultraep.runtime.layer import LayerBalancer
@@ -61,6 +63,7 @@ class Balancer:
         self._pools: dict[tuple[ExpertShape, int], SlotPool] = {}
         self._foresight: Foresight | None = None
         self._backwards = Backwards()
+        self._ranges: LayerRanges | None = None
         recorder = None
         if config.record and transport is not None and transport.rank == 0:
             meta = {"settings": str(config)}
@@ -213,6 +216,16 @@ class Balancer:
             self._watch.on = on
         return measured
 
+    def name_ranges(self, model: torch.nn.Module | Sequence[torch.nn.Module]) -> None:
+        """Name ranges of a model's layers and of balancing for profilers until :meth:`release`.
+
+        Args:
+            model: a model or the chunks of one; also its layers that are not balanced.
+        """
+        if self._ranges is None:
+            self._ranges = LayerRanges(model)
+            ranges.enable()
+
     def foresee(
         self,
         step: StepPlan,
@@ -311,6 +324,10 @@ class Balancer:
             object.__delattr__(layer, ATTRIBUTE)
         self._log.take_all()
         self.close()
+        if self._ranges is not None:
+            self._ranges.remove()
+            self._ranges = None
+            ranges.disable()
         self._layers.clear()
         self._pools.clear()
         if self.transport is not None:

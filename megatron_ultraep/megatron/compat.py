@@ -142,6 +142,12 @@ def moe_layer_class() -> type[torch.nn.Module]:
     return MoELayer
 
 
+def transformer_layer_class() -> type[torch.nn.Module]:
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    return TransformerLayer
+
+
 def sequential_mlp_class() -> type[torch.nn.Module]:
     from megatron.core.transformer.moe.experts import SequentialMLP
 

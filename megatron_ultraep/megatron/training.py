@@ -142,6 +142,8 @@ class _Hooks:
                 self.replace_balancer(megatron_ultraep.attach(result[0], self.config))
                 assert self._module is not None
                 self._module.print_rank_0(f" ultraep: experts are balanced with {self.config}")
+            elif self.config.profile and self.balancer is not None:  # layers that adopted themselves
+                self.balancer.name_ranges(result[0])
             return result
 
         return setup_model_and_optimizer

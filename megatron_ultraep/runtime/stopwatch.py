@@ -1,4 +1,7 @@
-"""How long parts of a balanced layer hold up the stream that computes: what balancing exposes."""
+"""How long parts of a balanced layer hold up the stream that computes: what balancing exposes.
+
+The same parts are ranges of profilers, see :mod:`megatron_ultraep.runtime.ranges`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+
+from megatron_ultraep.runtime import ranges
 
 _NOTHING = nullcontext()
 
@@ -30,6 +35,8 @@ class Stopwatch:
 
     def __call__(self, part: str) -> AbstractContextManager[None]:
         """Time the block as one span of ``part``."""
+        if ranges.on():
+            return self._timed_and_named(part) if self.on else ranges.span(f"balance: {part}")
         return self._timed(part) if self.on else _NOTHING
 
     @contextmanager
@@ -37,6 +44,11 @@ class Stopwatch:
         start = self._now()
         yield
         self._spans[part].append((start, self._now()))
+
+    @contextmanager
+    def _timed_and_named(self, part: str) -> Iterator[None]:
+        with ranges.span(f"balance: {part}"), self._timed(part):
+            yield
 
     def read(self) -> dict[str, float]:
         """Mean time of a span by part since the last call (us); waits for the device."""

@@ -16,6 +16,7 @@ from rl.config.algorithm import (
 )
 from rl.config.data import DataSection, EvaluationSection, RewardSection, SourceSection, SuccessSection
 from rl.config.loading import ConfigError, describe, field_paths, from_dict, load, to_dict, to_yaml
+from rl.config.profile import ProfileSection
 from rl.config.rules import Violation
 from rl.config.sections import (
     CheckpointSection,
@@ -55,6 +56,7 @@ __all__ = [
     "OptimizerSection",
     "OverlongSection",
     "ParallelSection",
+    "ProfileSection",
     "RaySection",
     "ReferenceSection",
     "RewardModelSection",

@@ -13,6 +13,7 @@ from rl.config.algorithm_rules import algorithm
 from rl.config.critic_rules import critic
 from rl.config.data_rules import data
 from rl.config.fusion_rules import fuse
+from rl.config.profile_rules import profile
 from rl.config.sections import RunConfig
 from rl.config.stream_rules import stream
 from rl.config.trainer import OptimizerSection
@@ -379,4 +380,5 @@ RULES: tuple[Rule, ...] = (
     stream,
     fuse,
     _warmup,
+    profile,
 )

@@ -17,6 +17,7 @@ from rl.config.algorithm import AlgorithmSection
 from rl.config.base import ConfigPath, ImportPath, Seconds, Section, Texts
 from rl.config.data import DataSection, EvaluationSection, RewardSection
 from rl.config.fusion import FuseSection
+from rl.config.profile import ProfileSection
 from rl.config.trainer import CriticSection, ParallelSection, ReferenceSection, TrainerSection
 
 Dtype = Literal["float32", "bfloat16", "float64"]
@@ -317,6 +318,7 @@ class RunConfig(Section):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection, description=EvaluationSection.__doc__)
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description=CheckpointSection.__doc__)
     logging: LoggingSection = Field(default_factory=LoggingSection, description=LoggingSection.__doc__)
+    profile: ProfileSection = Field(default_factory=ProfileSection, description=ProfileSection.__doc__)
     ray: RaySection = Field(default_factory=RaySection, description=RaySection.__doc__)
     allow_untested: bool = Field(False, description="Run with versions that were not tested; also --allow-untested.")
     allow_changes: bool = Field(

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_ultraep.runtime import ranges
 from rl.algorithms.shaping import informative
 from rl.data.dataset import Cursor, PromptDataset
 from rl.orchestration.experience import RefusedSamples, refuse
@@ -350,7 +351,7 @@ class Feed:
                 raise refuse(refused)
             samples = [s for g in groups for s in g if isinstance(s, Sample)]
             started = time.perf_counter()
-            with self._scoring:
+            with self._scoring, ranges.span("reward"):
                 scored = self._reward.score(samples)
             batch.reward_seconds += time.perf_counter() - started
             batch.put(scored)

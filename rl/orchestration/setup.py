@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
+from megatron_ultraep.runtime import ranges
 from rl import placement, versions
 from rl.config import RunConfig, to_dict
 from rl.config.fused_training import fused_partner
@@ -173,7 +174,8 @@ class Run:
         self.progress.phase(name)
         began, started = time.time(), time.perf_counter()
         try:
-            yield
+            with ranges.span(name, f"step {self.step + 1}" if ranges.on() else None):
+                yield
         finally:
             seconds = time.perf_counter() - started
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds

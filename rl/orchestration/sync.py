@@ -23,6 +23,7 @@ from rl.orchestration.critic import values_of, with_model_scores
 from rl.orchestration.elastic import Elastic
 from rl.orchestration.evaluate import evaluate
 from rl.orchestration.experience import rewarded, rollout_metrics, train_samples, with_advantages
+from rl.orchestration.profiling import profiled
 from rl.orchestration.setup import Run, open_run
 from rl.orchestration.steps import (
     Trained,
@@ -65,7 +66,8 @@ def run(config: RunConfig, resume: Path | None = None) -> int:
             state.progress.close()
             state.progress = Progress(total, initial=state.step, enabled=config.logging.progress)
             while state.step < total and not stop.requested:
-                one_step(state)
+                with profiled(state):
+                    one_step(state)
                 last = state.step == total
                 if config.evaluation.every and state.step % config.evaluation.every == 0 and not last:
                     evaluate(state)

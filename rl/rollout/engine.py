@@ -34,6 +34,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from megatron_ultraep.replay import histogram, layer_digests
+from megatron_ultraep.telemetry.profiler import ProfileSettings, Window
 from rl.rollout import compat, model_files, routes, validation, weights
 from rl.rollout.config import Device, EngineConfig, Sampling, derive_seed, engine_environment
 from rl.rollout.stepper import EngineFailed, EngineThread, Request
@@ -106,6 +107,7 @@ class RolloutEngine:
         self._manifest: dict[str, tuple[int, ...]] = {}
         self._optional: tuple[str, ...] = ()
         self._finished: dict[str, Sample] = {}  # of groups that still run
+        self._window: Window | None = None
         _set_environment(config.device)
 
     # ------------------------------------------------------------------ life
@@ -567,6 +569,27 @@ class RolloutEngine:
             return time.monotonic() - started
 
         return await self._call(rise, self.config.update_timeout_s, "waking up")
+
+    # ------------------------------------------------------------------ profiling
+
+    async def profile(self, settings: ProfileSettings, path: str) -> None:
+        """Begin a profiled window on the engine's thread; vLLM runs there, so its own profiler is not needed.
+
+        Args:
+            settings: how.
+            path: of the trace.
+        """
+        window = Window(settings, Path(path))
+        await self._call(lambda engine: window.start(), self.config.update_timeout_s, "starting a profiled window")
+        self._window = window
+
+    async def end_profile(self) -> str | None:
+        """End the window, if one is open; the trace that was written."""
+        window, self._window = self._window, None
+        if window is None:
+            return None
+        trace = await self._call(lambda engine: window.stop(), self.config.generate_timeout_s, "writing a trace")
+        return None if trace is None else str(trace)
 
     # ------------------------------------------------------------------ waiting
 

@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 import ray
 
+from megatron_ultraep.telemetry.profiler import ProfileSettings
 from rl.rollout.actor import EngineActor, call_apart, with_rows
 from rl.rollout.config import EngineConfig, Sampling, engine_environment
 from rl.rollout.engine import EngineInfo, EngineTimeout
@@ -172,6 +174,17 @@ class EnginePool:
         """One entry per engine, see ``RolloutEngine.health``."""
         calls = {index: self.handles[index].health.remote() for index in self.indices()}
         return list(self._all(calls, self.config.stop_timeout_s, "its health").values())
+
+    def profile(self, settings: ProfileSettings, paths: Mapping[int, Path]) -> None:
+        """Begin a profiled window on some engines, see ``RolloutEngine.profile``; ``paths`` of their traces."""
+        calls = {i: self._handle(i).profile.remote(settings, str(path)) for i, path in paths.items()}
+        self._all(calls, self.config.update_timeout_s, "the start of a profiled window")
+
+    def end_profile(self, engines: Sequence[int]) -> list[Path]:
+        """End the window on those of these engines that are still there; the traces that were written."""
+        calls = {i: self.handles[i].end_profile.remote() for i in engines if i in self.indices()}
+        traces = self._all(calls, self.config.generate_timeout_s, "writing the trace of a profiled window")
+        return [Path(trace) for trace in traces.values() if trace is not None]
 
     def stop(self) -> None:
         """Stop all engines, those that hang by force; calling it again does nothing."""

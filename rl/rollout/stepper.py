@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from megatron_ultraep.runtime import ranges
 from rl.rollout import compat
 
 T = TypeVar("T")
@@ -163,7 +164,8 @@ class EngineThread:
             while self._run_commands():
                 self._note_step()
                 if self._requests:
-                    self._engine.step()
+                    with ranges.span("engine step"):
+                        self._engine.step()
                     self._forget_finished()
             self._fail(EngineFailed("the engine was stopped"))
         except BaseException as error:

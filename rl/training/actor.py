@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from megatron_ultraep.layout import Pass
 from megatron_ultraep.megatron.migrate import MoveReport
 from megatron_ultraep.pipeline.problem import Schedule
+from megatron_ultraep.runtime.ranges import ranged
+from megatron_ultraep.telemetry.profiler import ProfileSettings
 from rl.training.batch import MiniBatch
 from rl.training.engine_routes import RoutesOfEngines
 from rl.training.foresight import Homes, StagePlans
@@ -40,6 +43,7 @@ class TrainerActor:
         self._sender: Any = None
         self._fusion: Any = None
         self._shared: Any = None
+        self._window: Any = None
 
     def listen_address(self) -> str:
         """``host:port`` for rank 0's store; the port was free a moment ago."""
@@ -147,6 +151,7 @@ class TrainerActor:
     def end_warmup(self) -> None:
         self.worker.end_warmup()
 
+    @ranged("export")
     def export(self, dtype: str) -> list[tuple[Any, dict[str, tuple[int, ...]]]]:
         """This rank's weights in the object store: ``(reference to {name: tensor}, {name: shape})`` per bucket."""
         buckets = self.worker.export(_BUCKET_BYTES, getattr(torch, dtype))
@@ -163,6 +168,7 @@ class TrainerActor:
     def transfer_join(self, membership: Membership) -> None:
         self._sender.join(membership)
 
+    @ranged("transfer")
     def transfer_send(self, plan: TransferPlan, snapshot: Snapshot | None = None) -> SendReport | None:
         """Hand over this rank's share; with a snapshot, return once it is copied: ``transfer_finish`` waits."""
         return self._sender.send(plan) if snapshot is None else self._sender.start(plan, snapshot)
@@ -217,6 +223,18 @@ class TrainerActor:
 
         self.worker.offloader.require("saving weights", "weights")
         save_hf(self.worker.actor, source, target)
+
+    def profile(self, settings: ProfileSettings, path: str) -> None:
+        from rl.training.profiling import WorkerWindow
+
+        if self._window is not None:
+            raise RuntimeError("a profiled window is open: end_profile() first")
+        self._window = WorkerWindow(self.worker, settings, Path(path))
+
+    def end_profile(self) -> str | None:
+        window, self._window = self._window, None
+        trace = window.end() if window is not None else None
+        return None if trace is None else str(trace)
 
     def close(self) -> None:
         """Write what is left of the load records."""

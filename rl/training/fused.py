@@ -25,6 +25,7 @@ from megatron_ultraep.pipeline.communication import Links
 from megatron_ultraep.pipeline.executor import ExecutionReport, FusedExecutor
 from megatron_ultraep.pipeline.problem import Problem, Schedule
 from megatron_ultraep.pipeline.stage import StageWork
+from megatron_ultraep.runtime.ranges import ranged
 from rl.training.batch import Counts, MiniBatch
 from rl.training.foresight import StagePlans
 from rl.training.objectives import Objective
@@ -165,6 +166,7 @@ class Fusion:
         self._links: Links | None = None
         self._executors: dict[str, FusedExecutor] = {}
 
+    @ranged("train_fused")
     def train(self, schedule: Schedule, parts: Sequence[FusedPart]) -> FusedResult:
         """Run the parts by a schedule, then step the optimizers of those that learn, in the schedule's order of models.
 

@@ -25,6 +25,7 @@ import ray
 from megatron_ultraep.layout import Pass
 from megatron_ultraep.megatron.migrate import MoveReport
 from megatron_ultraep.pipeline.problem import Schedule
+from megatron_ultraep.telemetry.profiler import ProfileSettings
 from rl.rank_nodes import RankNodes
 from rl.shared_gpus import SharedGpus
 from rl.training.accumulate import check_apply, check_first
@@ -386,6 +387,19 @@ class Trainer:
     def save_hf(self, source: Path, target: Path) -> None:
         """Write a Hugging Face directory; see ``rl.models.weights.save_hf``."""
         self._call("save_hf", str(source), str(target), limit=self.limits.checkpoint_s)
+
+    # ---------------------------------------------------------------- profiling
+
+    def profile(self, settings: ProfileSettings, paths: Mapping[int, Path]) -> None:
+        """Begin a profiled window on some ranks, see ``rl.training.profiling``; ``paths`` of their traces by rank."""
+        calls = [self.handles[rank].profile.remote(settings, str(path)) for rank, path in paths.items()]
+        self._all(calls, self.limits.step_s, "the start of a profiled window", list(paths))
+
+    def end_profile(self, ranks: Sequence[int]) -> list[Path]:
+        """End the window on these ranks; the traces that were written."""
+        calls = [self.handles[rank].end_profile.remote() for rank in ranks]
+        traces = self._all(calls, self.limits.step_s, "writing the trace of a profiled window", ranks)
+        return [Path(trace) for trace in traces if trace is not None]
 
     # ---------------------------------------------------------------- life
 

@@ -27,6 +27,7 @@ from megatron_ultraep.layout import MicroBatch, MicroBatchKey, Pass
 from megatron_ultraep.megatron import compat, microbatch
 from megatron_ultraep.megatron.router_replay import RoutingReplay
 from megatron_ultraep.replay import assemble, overlap, router_rows, row_hashes
+from megatron_ultraep.runtime import ranges
 from rl.algorithms.logprobs import is_most_likely, vocab_parallel_logprobs
 from rl.models.builder import BuiltModel
 from rl.training.batch import MiniBatch, PackedTensors, TrainSample, pack, unpack_rows
@@ -159,7 +160,7 @@ class PassRunner:
         def forward_step(iterator: Iterator[tuple[MicroBatchKey, MicroBatch]], chunk: Any) -> tuple[Any, Any]:
             key, micro_batch = next(iterator)
             packed = pack(micro_batch, batch.samples, self.model.device)
-            with microbatch.micro_batch(key):
+            with microbatch.micro_batch(key), ranges.span("forward", key):
                 output = chunk(packed.inputs, packed.positions, None, packed_seq_params=packed.packed)
 
             def on_last_stage(logits: torch.Tensor, non_loss_data: bool = False) -> Any:
@@ -234,7 +235,7 @@ class PassRunner:
     def run_prepared(self, prepared: PreparedPass) -> list[Any]:
         """Run a prepared pass of this model alone; what the last stage kept, see :meth:`run`."""
         chunks, interleaved = self.model.run_chunks(), self.model.groups.layout.vpp
-        with torch.set_grad_enabled(not prepared.forward_only):
+        with ranges.span("pass", self._pass_of(prepared)), torch.set_grad_enabled(not prepared.forward_only):
             kept = self._schedule(
                 forward_step_func=prepared.forward_step,
                 data_iterator=list(prepared.iterators) if interleaved else prepared.iterators[0],
@@ -246,6 +247,13 @@ class PassRunner:
                 collect_non_loss_data=prepared.forward_only,
             )
         return list(kept)
+
+    @staticmethod
+    def _pass_of(prepared: PreparedPass) -> str | None:
+        if not ranges.on() or not prepared.keys:
+            return None
+        key = prepared.keys[0]
+        return f"{key.model}/{key.pass_}/step {key.step}"
 
     def logprobs(
         self,

@@ -14,6 +14,7 @@ import torch
 from megatron_ultraep.layout import MicroBatch, MicroBatchKey, Pass
 from megatron_ultraep.megatron import compat
 from megatron_ultraep.megatron.attach import Balancer
+from megatron_ultraep.runtime.ranges import ranged
 from rl.models.builder import BuiltModel
 from rl.training.accumulate import AccumulationError, Accumulator
 from rl.training.batch import MiniBatch, PackedTensors
@@ -195,6 +196,7 @@ class TrainedModel:
             balance=self.balance_metrics(),
         )
 
+    @ranged("optimizer")
     def optimizer_step(self, lr: float | None) -> tuple[float, float, bool]:
         """Step on the gradients that are in ``main_grad``, finalized; ``(norm before clipping, lr, updated)``."""
         if lr is not None:
@@ -211,6 +213,7 @@ class TrainedModel:
         found = self.balancer.metrics() if self.balancer is not None else {}
         return found if self.model.groups.coordinates["ep"] == 0 else {}
 
+    @ranged("reduce gradients")
     def finalize_gradients(self) -> None:
         """Reduce what is in ``main_grad`` over ranks, as Megatron does at the end of its schedules."""
         self._finalize(self.model.wrapped)

@@ -29,6 +29,7 @@ from megatron_ultraep.megatron.checkpoint import home_slot_of
 from megatron_ultraep.megatron.groups import ModelGroups, create_groups
 from megatron_ultraep.megatron.migrate import MoveGroup, MoveReport, make_move_group, move_experts
 from megatron_ultraep.megatron.router_replay import RoutingReplay
+from megatron_ultraep.runtime.ranges import ranged
 from rl.models.architecture import read_architecture
 from rl.models.builder import DTYPES, BuiltModel, build_model
 from rl.models.critic import build_scalar_model, load_scalar_weights
@@ -191,6 +192,7 @@ class TrainWorker:
 
     # ---------------------------------------------------------------- passes
 
+    @ranged("logprobs")
     def logprobs(
         self,
         batch: MiniBatch,
@@ -216,6 +218,7 @@ class TrainWorker:
                 batch, settings, pass_=pass_, step=step, routes=routes, first_micro_batch=first_micro_batch
             )
 
+    @ranged("values")
     def values(
         self, batch: MiniBatch, step: int, *, model: str = "critic", first_micro_batch: int = 0
     ) -> dict[str, Any]:
@@ -234,6 +237,7 @@ class TrainWorker:
             raise ValueError(f"expected a trainer with a {model}, got {', '.join(self.runners)}: configure one")
         return self.runners[model].values(batch, pass_="old_logprob", step=step, first_micro_batch=first_micro_batch)
 
+    @ranged("gradients")
     def gradients(
         self,
         batch: MiniBatch,
@@ -247,6 +251,7 @@ class TrainWorker:
         self.offloader.require("gradients", "weights", "gradients", "optimizer")
         return self._trained(model).gradients(batch, step, objective, plans)
 
+    @ranged("train")
     def train(
         self,
         batch: MiniBatch,
@@ -280,6 +285,7 @@ class TrainWorker:
 
     # ---------------------------------------------------------------- sets that arrive in chunks
 
+    @ranged("accumulate")
     def accumulate(
         self,
         batch: MiniBatch,
@@ -308,6 +314,7 @@ class TrainWorker:
         self.offloader.require("gradients", "weights", "gradients", "optimizer")
         return self._trained(model).accumulator.accumulate(batch, step, objective, plans=plans, first=first)
 
+    @ranged("apply")
     def apply(self, scale: float, *, lr: float | None = None, model: str = "actor") -> TrainResult:
         """End a set: scale its gradients, reduce them once, and step.
 
@@ -336,17 +343,20 @@ class TrainWorker:
 
     # ---------------------------------------------------------------- colocated mode
 
+    @ranged("offload")
     def offload(self, what: Sequence[Part] | None = None) -> OffloadReport:
         """Make room on the device; see ``rl.training.offload``."""
         self._require_no_set("offloading")
         return self.offloader.offload(what)
 
+    @ranged("onload")
     def onload(self, what: Sequence[Part] | None = None) -> OffloadReport:
         """Bring back what was offloaded."""
         return self.offloader.onload(what)
 
     # ---------------------------------------------------------------- between steps
 
+    @ranged("reorder")
     def reorder(self, homes: Mapping[int, Sequence[int]], *, limit_bytes: int = 256 * 2**20) -> MoveReport:
         """Move the actor's experts to new homes, with all that the optimizer knows of them; between steps.
 

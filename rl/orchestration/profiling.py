@@ -1,0 +1,55 @@
+"""Profiled iterations: windows of the driver, trainer ranks and engines around one step, as ``profile`` says.
+
+    with profiled(state):
+        one_step(state)
+
+Of iteration 3 come ``profile/step_00003_driver.json.gz``, ``..._rank_0.json.gz`` and ``..._engine_0.json.gz`` in the
+run directory. An iteration that raises leaves none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_ultraep.telemetry.profiler import ProfileSettings, Window
+from rl.config.profile import ProfileSection
+from rl.orchestration.setup import Run
+
+
+@contextlib.contextmanager
+def profiled(state: Run) -> Iterator[None]:
+    """The next iteration, profiled if it is one of ``profile.steps``."""
+    section, step = state.config.profile, state.step + 1
+    if step not in section.steps:
+        yield
+        return
+    settings = settings_of(section)
+    directory = (state.directory / "profile").absolute()
+    ranks = range(state.config.trainer.ranks) if section.ranks is None else section.ranks
+    engines = state.pool.indices() if section.engines else []
+    # GPUs are the ranks' and the engines'.
+    driver = Window(settings, trace_path(directory, step, "driver"), device=False, threads=True)
+    state.trainer.profile(settings, {rank: trace_path(directory, step, f"rank_{rank}") for rank in ranks})
+    state.pool.profile(settings, {engine: trace_path(directory, step, f"engine_{engine}") for engine in engines})
+    driver.start()
+    try:
+        yield
+    except BaseException:
+        driver.drop()
+        raise
+    traces = [driver.stop(), *state.trainer.end_profile(ranks), *state.pool.end_profile(engines)]
+    written = [trace for trace in traces if trace is not None]
+    if written:
+        state.say(f"iteration {step} was profiled: {len(written)} traces in {directory}")
+
+
+def settings_of(section: ProfileSection) -> ProfileSettings:
+    """What every process is told."""
+    return ProfileSettings(section.tool, section.shapes, section.stacks, section.memory)
+
+
+def trace_path(directory: Path, step: int, who: str) -> Path:
+    """Of the trace of one process."""
+    return directory / f"step_{step:05d}_{who}.json.gz"
