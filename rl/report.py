@@ -337,6 +337,7 @@ def _tiles(metrics: Metrics, results: Sequence[EvalResult]) -> list[tuple[str, s
         ("training reward", "rollout/reward/mean", lambda values: _change(values, ".3f")),
         ("response length", "rollout/response_length/mean", lambda values: _change(values, ".1f")),
         ("log-prob difference", "train/rollout_logprob_abs_diff", lambda values: f"{_mean(values):.1e}"),
+        ("KL rollout / training", "train/rollout_kl", lambda values: f"{_mean(values):.1e}"),
         ("tokens/s, median", "perf/tokens_per_second", lambda values: f"{sorted(values)[len(values) // 2]:,.0f}"),
         ("imbalance, mean", "moe/max_vio", lambda values: f"{_mean(values):.2f}"),
     )

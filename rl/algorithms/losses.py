@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from rl.algorithms.importance import LEVELS, Level, importance_weights, safe_ratio
+from rl.algorithms.importance import LEVELS, MAX_LOG_RATIO, Level, importance_weights, safe_ratio
 from rl.algorithms.surrogates import TokenLoss, cispo, gspo, ppo_clip, ppo_sequence
 
 KLEstimator = Literal["k1", "k2", "k3", "k1+", "k3+"]
@@ -260,8 +260,8 @@ def policy_loss(
     Returns:
         The loss, a scalar in sum form (see the module's point 2), and detached metric sums over unmasked tokens:
         ``pg_loss``, ``pg_clipfrac``, ``ppo_kl`` (k1 of old against new), ``ratio``; where the inputs are there also
-        ``kl``, ``entropy``, ``rollout_logprob_abs_diff``, ``importance_weight``, ``importance_weight_squared``
-        (the squared mean weight over its mean is the effective fraction of samples), ``importance_truncated`` and, with
+        ``kl``, ``entropy``, ``rollout_logprob_abs_diff``, ``rollout_kl`` (k3 of rollout against training),
+        ``importance_weight``, ``importance_weight_squared`` (the squared mean weight over its mean is the effective fraction of samples), ``importance_truncated`` and, with
         a band, ``importance_dropped``. Which keys there are depends on config and on which fields are None, so it is
         the same for every micro-batch.
 
@@ -283,7 +283,10 @@ def policy_loss(
 
     if tokens.rollout_logprobs is not None:
         trained = tokens.old_logprobs if tokens.old_logprobs is not None else tokens.logprobs
-        rows["rollout_logprob_abs_diff"] = (trained.detach() - tokens.rollout_logprobs).abs()
+        difference = trained.detach() - tokens.rollout_logprobs
+        rows["rollout_logprob_abs_diff"] = difference.abs()
+        # Not safe_ratio(...) - 1: engines and trainer agree to digits that it would round away.
+        rows["rollout_kl"] = torch.expm1(difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) - difference
     if config.weighs and tokens.rollout_logprobs is not None:
         importance = importance_weights(
             old,

@@ -147,8 +147,8 @@ def compare_own_routes(run: Run, samples: Sequence[TrainSample]) -> dict[str, fl
         own, _ = run.trainer.logprobs(
             run.packing.mini_batch(samples), "actor", "eval", routes="own", settings=run.settings()
         )
-    difference = _mean_abs_difference(samples, own)
-    return {"train/rollout_logprob_abs_diff_own_routes": difference}
+    difference, kl = _from_rollout(samples, own)
+    return {"train/rollout_logprob_abs_diff_own_routes": difference, "train/rollout_kl_own_routes": kl}
 
 
 def train(run: Run, captured: Sequence[Sample], samples: Sequence[TrainSample], passes: Passes) -> Trained:
@@ -228,8 +228,8 @@ class Tally:
         metrics = {f"train/{name}": value / max(1, tokens) for name, value in sums.items()}
         if run.config.algorithm.old_logprobs == "rollout":
             # Later mini-batches are under other weights than the samples: only the first shows the engines' mismatch.
-            difference = first.sums.get("rollout_logprob_abs_diff", 0.0)
-            metrics["train/rollout_logprob_abs_diff"] = difference / max(1, first.tokens)
+            for name in ("rollout_logprob_abs_diff", "rollout_kl"):
+                metrics[f"train/{name}"] = first.sums.get(name, 0.0) / max(1, first.tokens)
             if first.route_rows:
                 metrics["moe/own_routes_differ_fraction"] = first.differing / first.route_rows
         balanced = merge_groups([outcome.balance for outcome in self.outcomes if outcome.balance])
@@ -337,12 +337,14 @@ def check_digests(captured: Sequence[Sample], consumed: Mapping[str, np.ndarray]
             )
 
 
-def _mean_abs_difference(samples: Sequence[TrainSample], logprobs: LogProbs) -> float:
-    total, tokens = 0.0, 0
+def _from_rollout(samples: Sequence[TrainSample], logprobs: LogProbs) -> tuple[float, float]:
+    """How far log-probs are from rollout's: mean |difference|, and the KL (estimator k3), nats per token."""
+    total, kl, tokens = 0.0, 0.0, 0
     for sample in samples:
         if sample.rollout_logprobs is None:
             continue
-        difference = np.abs(logprobs[sample.sample_id] - sample.rollout_logprobs)[sample.loss_mask]
-        total += float(difference.sum())
+        difference = (logprobs[sample.sample_id] - sample.rollout_logprobs)[sample.loss_mask].astype(np.float64)
+        total += float(np.abs(difference).sum())
+        kl += float((np.expm1(difference) - difference).sum())
         tokens += len(difference)
-    return total / max(1, tokens)
+    return total / max(1, tokens), kl / max(1, tokens)

@@ -135,6 +135,7 @@ def test_policy_loss_by_hand():
         "ppo_kl": -math.log(1.2) - math.log(0.5),
         "ratio": 1.7,
         "rollout_logprob_abs_diff": 2 * math.log(1.25),
+        "rollout_kl": (1.25 - 1 - math.log(1.25)) + (0.8 - 1 - math.log(0.8)),
         "importance_weight": 1.9,
         "importance_weight_squared": 1.1**2 + 0.8**2,
         "importance_truncated": 1,
