@@ -45,7 +45,7 @@ METRICS = BALANCE_METRICS | {
     "train/lr": "Learning rate.",
     "train/rollout_logprob_abs_diff": "Mean |rollout - training log-prob|, nats per token, with the routes in use.",
     "train/rollout_logprob_abs_diff_own_routes": "The same when training's own routers choose.",
-    "train/rollout_kl": "KL of rollout's policy from training's, estimator k3, mean over tokens, with the routes in use.",
+    "train/rollout_kl": "KL of rollout's policy from training's, k3, mean over tokens, with the routes in use.",
     "train/rollout_kl_own_routes": "The same when training's own routers choose.",
     "moe/own_routes_differ_fraction": "Fraction of (token, layer) where equal weights route otherwise than rollout.",
     "moe/max_vio": "(max - mean) / mean of tokens per expert over the iteration's samples, mean over layers.",

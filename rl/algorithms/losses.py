@@ -261,9 +261,9 @@ def policy_loss(
         The loss, a scalar in sum form (see the module's point 2), and detached metric sums over unmasked tokens:
         ``pg_loss``, ``pg_clipfrac``, ``ppo_kl`` (k1 of old against new), ``ratio``; where the inputs are there also
         ``kl``, ``entropy``, ``rollout_logprob_abs_diff``, ``rollout_kl`` (k3 of rollout against training),
-        ``importance_weight``, ``importance_weight_squared`` (the squared mean weight over its mean is the effective fraction of samples), ``importance_truncated`` and, with
-        a band, ``importance_dropped``. Which keys there are depends on config and on which fields are None, so it is
-        the same for every micro-batch.
+        ``importance_weight``, ``importance_weight_squared`` (the squared mean weight over its mean is the effective
+        fraction of samples), ``importance_truncated`` and, with a band, ``importance_dropped``. Which keys there are
+        depends on config and on which fields are None, so it is the same for every micro-batch.
 
     Raises:
         ValueError: shapes differ, or a setting needs a field that is None.

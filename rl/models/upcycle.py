@@ -1,10 +1,10 @@
 """A mixture of experts from a dense Llama-like model: every MLP becomes several experts, a router is added.
 
 Sparse upcycling (Komatsuzaki et al., "Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints",
-arXiv:2212.05055): the experts of a layer start as copies of its MLP and the router is random. Mixtral's router gives the
-chosen experts weights that sum to 1, so with exact copies the new model computes what the dense one computes, whatever
-the router chooses. Copies would stay copies wherever their inputs are alike; each expert is therefore moved a little
-from the original, by noise of its own, and a short warm-up on text mends what that costs.
+arXiv:2212.05055): the experts of a layer start as copies of its MLP and the router is random. Mixtral's router gives
+the chosen experts weights that sum to 1, so with exact copies the new model computes what the dense one computes,
+whatever the router chooses. Copies would stay copies wherever their inputs are alike; each expert is therefore moved a
+little from the original, by noise of its own, and a short warm-up on text mends what that costs.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def _dense(source: Path) -> tuple[Any, Any]:
     if source.is_file():
         missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
         if missing:
-            raise ModuleNotFoundError(f"reading {source.name} needs {' and '.join(missing)}; pip install gguf accelerate")
+            raise ModuleNotFoundError(
+                f"reading {source.name} needs {' and '.join(missing)}; install them: pip install gguf accelerate"
+            )
         where: dict[str, Any] = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
     elif (source / "config.json").is_file():
         where = {"pretrained_model_name_or_path": source}
@@ -134,7 +136,7 @@ def _dense(source: Path) -> tuple[Any, Any]:
         )
     biased = [name for name in ("attention_bias", "mlp_bias") if getattr(config, name, False)]
     if biased:
-        raise ValueError(f"expected a model without biases, which Mixtral's layout has no place for; {source} has {biased}")
+        raise ValueError(f"expected no biases, which Mixtral's layout has no place for; {source} has {biased}")
     return model, tokenizer
 
 
