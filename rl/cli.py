@@ -1,8 +1,8 @@
 """``ultraep-rl``: train, look at and verify runs.
 
-Exit codes: 0 all is well, 1 the run failed, 2 the configuration, its data or the command line is wrong, 3 an accuracy
-threshold (`evaluation.success`) was missed, 75 SIGUSR1 asked the run to stop and `--resume` goes on, 130 Ctrl-C or
-SIGTERM.
+Exit codes: 0 all is well, 1 the run failed (or a plan does not fit), 2 the configuration, its data or the command line
+is wrong, 3 an accuracy threshold (`evaluation.success`) was missed, 75 SIGUSR1 asked the run to stop and `--resume`
+goes on, 130 Ctrl-C or SIGTERM.
 
 Heavy packages (torch, ray, vllm) are imported only by the commands that need them, so that `--dry-run` is immediate
 and works where they are not installed.
@@ -10,6 +10,7 @@ and works where they are not installed.
 
 from __future__ import annotations
 
+import json
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -158,6 +159,30 @@ def convert(
     except DataError as error:
         _stop(USAGE, str(error))
     typer.echo(result.render())
+
+
+@app.command()
+def plan(
+    config_file: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Configuration of the run.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="A.B=C", help="Fields that win over the file.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the plan there too.")] = None,
+) -> None:
+    """Say what CONFIG.yaml takes: memory of a GPU by part, seconds of a step by phase; 1 if it does not fit."""
+    from rl.planning.advice import advise
+    from rl.planning.plan import PlanError, make_plan
+    from rl.planning.render import render
+
+    try:
+        config = load(config_file, overrides or [])
+        made = make_plan(config)
+    except (ConfigError, PlanError) as error:
+        _stop(USAGE, str(error))
+    typer.echo(render(config, made, advise(config, made)))
+    if json_file is not None:
+        json_file.write_text(json.dumps(made.to_json(), indent=1) + "\n")
+    raise typer.Exit(OK if made.fits else FAILED)
 
 
 def _run(config: RunConfig, resume: Path | None) -> int:

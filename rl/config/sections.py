@@ -17,6 +17,7 @@ from rl.config.algorithm import AlgorithmSection
 from rl.config.base import ConfigPath, ImportPath, Seconds, Section, Texts
 from rl.config.data import DataSection, EvaluationSection, RewardSection
 from rl.config.fusion import FuseSection
+from rl.config.planning import PlanSection
 from rl.config.profile import ProfileSection
 from rl.config.trainer import CriticSection, ParallelSection, ReferenceSection, TrainerSection
 
@@ -320,6 +321,7 @@ class RunConfig(Section):
     logging: LoggingSection = Field(default_factory=LoggingSection, description=LoggingSection.__doc__)
     profile: ProfileSection = Field(default_factory=ProfileSection, description=ProfileSection.__doc__)
     ray: RaySection = Field(default_factory=RaySection, description=RaySection.__doc__)
+    plan: PlanSection = Field(default_factory=PlanSection, description=PlanSection.__doc__)
     allow_untested: bool = Field(False, description="Run with versions that were not tested; also --allow-untested.")
     allow_changes: bool = Field(
         False, description="Resume although fields that matter differ from the run's; also --allow-changes."

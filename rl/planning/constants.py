@@ -1,0 +1,67 @@
+"""Measured constants of the planner, each with where it comes from. Change them here, with the file that shows it."""
+
+from __future__ import annotations
+
+from rl.planning.cluster import GIB
+
+# ---------------------------------------------------------------- memory
+
+CONTEXT_BYTES = round(0.5 * GIB)
+"""CUDA context of a process. Source: ``nvidia-smi`` beside an idle process of the GPU stack on H100."""
+
+WORKSPACE_BYTES = round(1.0 * GIB)
+PEER_BYTES = round(0.8 * GIB)
+MOST_PEERS = 3
+"""Workspaces of cuBLAS and Transformer Engine, and communicators by peers of the expert- and data-parallel groups.
+Source: device memory less tensors in benchmarks/results/model-gpu-ep2.json (one peer) and model-gpu-ep4.json (three).
+Nothing was measured beyond three peers; more are counted as three."""
+
+ALLOCATOR_SHARE = 0.10
+"""What torch's caching allocator holds beyond the tensors of a step, over activations and what comes and goes. Source:
+as above."""
+
+DISPATCH_COPIES = 4
+"""Copies of dispatched tokens that an MoE layer's all-to-alls and sorts leave with the allocator, since memory that a
+communication stream used is free only when that stream has passed. Source: slope of device memory over the imbalance in
+benchmarks/results/layer-gpu-ep4.json."""
+
+ENGINE_WORKSPACE_BYTES = round(2.5 * GIB)
+"""An engine's process beside weights, key-value cache and logits: context, workspaces, activations of a step. Source:
+benchmarks/results/stream-real-gpu.json, turn ``generate`` (21.9 GiB with 16 GiB of cache), less the trainer's residue.
+"""
+
+ASLEEP_BYTES = round(1.2 * GIB)
+"""What a sleeping engine leaves on its GPU: context and workspaces. Source: as above, turn ``train``."""
+
+# ---------------------------------------------------------------- times
+
+TRAIN_EFFICIENCY = 0.36
+"""Share of a GPU's peak in forward and backward with balanced routes. Source:
+benchmarks/results/model-trace-gpu-ep4.json, plans made ahead (293 ms for 16,384 tokens a rank, optimizer included)."""
+
+FORWARD_EFFICIENCY = 0.36
+"""The same of a pass without backward: not measured, taken to be as good."""
+
+DECODE_EFFICIENCY = 0.5
+"""Share of the memory's bandwidth that decoding reaches, of weights and cache read in a step. Not measured here with a
+model of this size; vLLM's eager mode, with routes captured."""
+
+DECODE_STEP_S = 0.012
+"""Least seconds of a decoding step in eager mode, host time. Source: benchmarks/results/stream-real-gpu.json: 9.6 s and
+6.5 s of generation for at most 128 tokens are bounded by other things; not measured alone."""
+
+NVLINK_EFFICIENCY = 0.78
+"""Share of NVLink's data sheet that transfers reach. Source: benchmarks/results/transfer-gpu.json (349 of 450 GB/s)."""
+
+NETWORK_EFFICIENCY = 0.8
+"""The same of the network between nodes: not measured."""
+
+STORE_GBS = 1.0
+"""Weights through Ray's object store, of one engine or rank (GB/s). Source: benchmarks/results/stream-real-gpu.json:
+1.33 GB in 1.27 to 1.59 s."""
+
+OFFLOAD_GBS = 40.0
+"""Between a GPU and pinned host memory, one direction (GB/s): PCIe 5 x16, not measured here."""
+
+STEP_OVERHEAD_S = 2.0
+"""Rewards, advantages, ledger and what else of a step is neither generation nor training: not measured on GPUs."""
