@@ -116,10 +116,10 @@ class Open:
 
         self.backward = backward
         self._record = torch.profiler.record_function(text)
-        self._record.__enter__()
+        self._record.__enter__()  # type: ignore[no-untyped-call]
         self._nvtx = _nvtx
         if self._nvtx:
-            torch.cuda.nvtx.range_push(text)
+            torch.cuda.nvtx.range_push(text)  # type: ignore[no-untyped-call]
         _stack().append(self)
 
     def close(self) -> None:
@@ -134,7 +134,7 @@ class Open:
         import torch
 
         if self._nvtx:
-            torch.cuda.nvtx.range_pop()
+            torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         self._record.__exit__(None, None, None)
 
 

@@ -13,7 +13,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ultraep.telemetry.profiler import ProfileSettings, Window
+from megatron_ultraep.runtime import ranges
+from megatron_ultraep.runtime.profiler import ProfileSettings, Window
 from rl.config.profile import ProfileSection
 from rl.orchestration.setup import Run
 
@@ -35,7 +36,8 @@ def profiled(state: Run) -> Iterator[None]:
     state.pool.profile(settings, {engine: trace_path(directory, step, f"engine_{engine}") for engine in engines})
     driver.start()
     try:
-        yield
+        with ranges.span(f"iteration {step}"):
+            yield
     except BaseException:
         driver.drop()
         raise

@@ -174,7 +174,7 @@ class Run:
         self.progress.phase(name)
         began, started = time.time(), time.perf_counter()
         try:
-            with ranges.span(name, f"step {self.step + 1}" if ranges.on() else None):
+            with ranges.span(name):
                 yield
         finally:
             seconds = time.perf_counter() - started

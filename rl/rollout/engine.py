@@ -34,7 +34,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from megatron_ultraep.replay import histogram, layer_digests
-from megatron_ultraep.telemetry.profiler import ProfileSettings, Window
+from megatron_ultraep.runtime.profiler import ProfileSettings, Window
 from rl.rollout import compat, model_files, routes, validation, weights
 from rl.rollout.config import Device, EngineConfig, Sampling, derive_seed, engine_environment
 from rl.rollout.stepper import EngineFailed, EngineThread, Request

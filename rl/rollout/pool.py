@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import ray
 
-from megatron_ultraep.telemetry.profiler import ProfileSettings
+from megatron_ultraep.runtime.profiler import ProfileSettings
 from rl.rollout.actor import EngineActor, call_apart, with_rows
 from rl.rollout.config import EngineConfig, Sampling, engine_environment
 from rl.rollout.engine import EngineInfo, EngineTimeout

@@ -15,8 +15,8 @@ import torch
 from megatron_ultraep.layout import Pass
 from megatron_ultraep.megatron.migrate import MoveReport
 from megatron_ultraep.pipeline.problem import Schedule
+from megatron_ultraep.runtime.profiler import ProfileSettings
 from megatron_ultraep.runtime.ranges import ranged
-from megatron_ultraep.telemetry.profiler import ProfileSettings
 from rl.training.batch import MiniBatch
 from rl.training.engine_routes import RoutesOfEngines
 from rl.training.foresight import Homes, StagePlans

@@ -25,7 +25,7 @@ import ray
 from megatron_ultraep.layout import Pass
 from megatron_ultraep.megatron.migrate import MoveReport
 from megatron_ultraep.pipeline.problem import Schedule
-from megatron_ultraep.telemetry.profiler import ProfileSettings
+from megatron_ultraep.runtime.profiler import ProfileSettings
 from rl.rank_nodes import RankNodes
 from rl.shared_gpus import SharedGpus
 from rl.training.accumulate import check_apply, check_first

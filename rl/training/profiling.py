@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ultraep.megatron.layer_ranges import LayerRanges
-from megatron_ultraep.telemetry.profiler import ProfileSettings, Window
+from megatron_ultraep.runtime.profiler import ProfileSettings, Window
 
 if TYPE_CHECKING:
     from rl.training.worker import TrainWorker

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_ultraep.megatron import compat
 from megatron_ultraep.runtime import ranges
-from megatron_ultraep.telemetry.profiler import ProfileSettings
+from megatron_ultraep.runtime.profiler import ProfileSettings
 from rl.training.batch import MiniBatch
 from rl.training.passes import PassSettings
 from rl.training.profiling import WorkerWindow

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_ultraep.runtime import ranges
-from megatron_ultraep.telemetry.profiler import ProfileSettings, Window
+from megatron_ultraep.runtime.profiler import ProfileSettings, Window
 
 
 def names(path):

@@ -70,7 +70,7 @@ class Window:
             self._profiler = self._make()
             self._profiler.start()
         elif self._cuda:
-            torch.cuda.cudart().cudaProfilerStart()  # type: ignore[attr-defined]
+            torch.cuda.cudart().cudaProfilerStart()  # type: ignore[no-untyped-call]
         ranges.enable()
         self._running = True
 
@@ -104,7 +104,7 @@ class Window:
             profiler.stop()
         elif self._cuda:
             torch.cuda.synchronize()
-            torch.cuda.cudart().cudaProfilerStop()  # type: ignore[attr-defined]
+            torch.cuda.cudart().cudaProfilerStop()  # type: ignore[no-untyped-call]
         return profiler
 
     def _make(self) -> Any:
