@@ -112,7 +112,8 @@ def static_parts(model: ModelOnRanks, stage: int, ranks: int, *, distributed_opt
     """What a model takes between steps, on a rank of one of its stages: weights, gradients, optimizer."""
     sharing, width = Sharing.of(ranks, model.parallel), model.work.width
     weights = gradients = optimizer = 0
-    for chunk in stage_sizes(model.arch, model.parallel, stage):
+    for sizes in stage_sizes(model.arch, model.parallel, stage):
+        chunk = sizes.in_buffers(model.parallel)
         if not model.trained:
             weights += chunk.total * width
             continue
@@ -272,9 +273,9 @@ def kv_bytes_per_token(arch: Architecture, width: int, tensor_parallel: int) -> 
     """Key-value cache of one token on one GPU of an engine. Latent attention keeps its latent, on every GPU."""
     latent = getattr(arch, "latent", None)
     if latent is not None:
-        return arch.layers * (latent.kv_rank + latent.rotary_dim) * width
+        return int(arch.layers * (latent.kv_rank + latent.rotary_dim) * width)
     heads = max(1, arch.kv_heads // tensor_parallel)
-    return arch.layers * 2 * heads * arch.head_dim * width
+    return int(arch.layers * 2 * heads * arch.head_dim * width)
 
 
 def _libraries(parallel: ParallelSection, ranks: int) -> int:

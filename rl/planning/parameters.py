@@ -38,6 +38,10 @@ class Sizes:
     def total(self) -> int:
         return sum(self.dense) + sum(self.experts)
 
+    def in_buffers(self, parallel: ParallelSection) -> Sizes:
+        """As Megatron's gradient buffers hold them: without expert parallelism experts are with all others."""
+        return self if parallel.ep > 1 else Sizes(self.dense + self.experts)
+
 
 @dataclass(frozen=True)
 class Sharing:
