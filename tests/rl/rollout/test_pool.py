@@ -124,7 +124,9 @@ class Owner:
 
 
 def test_rows_whose_owner_is_gone_are_an_error(pool: EnginePool) -> None:
-    samples = sorted((group[0] for group in pool.generate(prompts(2), 1, SAMPLING, seed=6)), key=lambda one: one.sample_id)
+    samples = sorted(
+        (group[0] for group in pool.generate(prompts(2), 1, SAMPLING, seed=6)), key=lambda one: one.sample_id
+    )
     owner = Owner.remote()
     [handle] = ray.get(owner.put.remote(ray.get(samples[0].routes.handle, timeout=30)), timeout=60)
     lost = replace(samples[0].routes, handle=handle)
