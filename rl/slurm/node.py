@@ -115,6 +115,8 @@ def _head(task: Task, config: RunConfig) -> int:
         code = _run(task, config, where, channel)
     finally:
         channel.end()
+        for name in ("head.json", "attach.env"):  # the token dies with its cluster
+            (task.state / name).unlink(missing_ok=True)
         ray_node.stop(keep_logs=task.state / f"{task.node}.workers")
         write_atomic(task.state / "code", f"{code}\n".encode())
     return code
