@@ -85,12 +85,18 @@ class Task:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     task = _parse(arguments)
+    is_head = task.node == task.nodes[0]
+    code = 1
     try:
         config = load(Path(task.recipe), list(task.overrides))
-        return _head(task, config) if task.node == task.nodes[0] else _other(task, config)
+        code = _head(task, config) if is_head else _other(task, config)
     except (ConfigError, control.ControlError, network.NetworkError, RayStartError) as error:
         print(f"{task.node}: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, ConfigError) else 1
+        code = 2 if isinstance(error, ConfigError) else 1
+    finally:
+        if is_head:  # srun's own code is the largest of all nodes'
+            write_atomic(task.state / "code", f"{code}\n".encode())
+    return code
 
 
 # ------------------------------------------------------------------ the head
@@ -102,7 +108,6 @@ def _head(task: Task, config: RunConfig) -> int:
     _set_environment(interface, address, token)
     channel = control.HeadControl(address, token, task.nodes[1:])
     ray_node = RayNode.head(task.settings(address, config.ray.object_store_mib), task.job)
-    code = 1
     try:
         where = f"{address}:{ray_node.port}"
         head = {"ray": where, "address": address, "control": channel.port, "token": token, "job": task.job}
@@ -110,16 +115,14 @@ def _head(task: Task, config: RunConfig) -> int:
         _write_attach(task, where, token)
         _say(f"head {task.node}: Ray at {where} ({interface}), waiting for {len(task.nodes) - 1} more node(s)")
         channel.wait_for_all(_JOIN_S)
-        offered = _wait_for_ray(where, task.nodes)
+        offered = _wait_for_ray(where, task.nodes, channel)
         _check_room(place(config), offered)
-        code = _run(task, config, where, channel)
+        return _run(task, config, where, channel)
     finally:
         channel.end()
         for name in ("head.json", "attach.env"):  # the token dies with its cluster
             (task.state / name).unlink(missing_ok=True)
         ray_node.stop(keep_logs=task.state / f"{task.node}.workers")
-        write_atomic(task.state / "code", f"{code}\n".encode())
-    return code
 
 
 def _run(task: Task, config: RunConfig, address: str, channel: control.HeadControl) -> int:
@@ -128,18 +131,17 @@ def _run(task: Task, config: RunConfig, address: str, channel: control.HeadContr
     checkpoints = config.output_dir / "checkpoints"
     begun_with = _newest(checkpoints)
     process = subprocess.Popen([*train, f"ray.address={address}", "--resume", "auto"], stdin=subprocess.DEVNULL)
-    asked = False
+    end = None  # when the run is ended if it does not end by itself
     while process.poll() is None:
         if channel.lost:
             _say(f"lost {', '.join(channel.lost)}: ending the run")
             _terminate(process)
             return NODE_LOST
-        until = _asked_to_stop(task.state / "stop")
-        if until is not None and not asked:
+        if end is None and (until := _asked_to_stop(task.state / "stop")) is not None:
             _say("asked to stop")
             process.send_signal(signal.SIGUSR1)
-            asked = True
-        if until is not None and time.time() > until - _BEFORE_END_S:
+            end = until - min(_BEFORE_END_S, (until - time.time()) / 2)
+        if end is not None and time.time() > end:
             _terminate(process)
             if process.returncode in (0, 3, STOPPED):
                 break
@@ -155,7 +157,7 @@ def _run(task: Task, config: RunConfig, address: str, channel: control.HeadContr
     return code if code >= 0 else 128 - code
 
 
-def _wait_for_ray(address: str, nodes: Sequence[str]) -> dict[str, float]:
+def _wait_for_ray(address: str, nodes: Sequence[str], channel: control.HeadControl) -> dict[str, float]:
     """Until Ray has all nodes; what they offer together.
 
     Raises:
@@ -169,6 +171,8 @@ def _wait_for_ray(address: str, nodes: Sequence[str]) -> dict[str, float]:
     try:
         deadline = time.monotonic() + _JOIN_S
         while len(there := live_nodes()) < len(nodes):
+            if channel.lost:
+                raise control.ControlError(f"{', '.join(channel.lost)} left before Ray was up there; see its log")
             if time.monotonic() > deadline:
                 names = ", ".join(node["NodeManagerHostname"] for node in there)
                 raise control.ControlError(

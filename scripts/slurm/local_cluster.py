@@ -123,6 +123,10 @@ class Cluster:
     def address(self, name: str) -> str:
         return f"{self.prefix}.{10 + int(name.removeprefix('n'))}"
 
+    def link(self, name: str) -> str:
+        """The outer end of a node's interface."""
+        return f"us{self.number}{name}"
+
     @property
     def environment(self) -> dict[str, str]:
         return {**os.environ, "SLURM_CONF": str(self.directory / "slurm.conf")}
@@ -206,7 +210,7 @@ def boot(cluster: Cluster, name: str) -> None:
     inner = int(children.read_text().split()[0])
     cluster.nodes[name] = inner
     cluster.save()
-    outside = f"us{cluster.number}{name}"
+    outside = cluster.link(name)
     _run("ip", "link", "add", outside, "type", "veth", "peer", "name", f"{outside}i")
     _run("ip", "link", "set", outside, "master", cluster.bridge, "up")
     # The interface's arrival is what the node waits for, so it gets its name on the way.
@@ -217,6 +221,8 @@ def boot(cluster: Cluster, name: str) -> None:
 def kill(cluster: Cluster, name: str) -> None:
     """End a node at once: every process on it, and its interface; nobody is told."""
     _end(cluster.nodes[name])
+    if Path(f"/sys/class/net/{cluster.link(name)}").exists():  # closing connections would keep it for minutes
+        _run("ip", "link", "del", cluster.link(name))
     cluster.nodes[name] = 0
     cluster.save()
 
