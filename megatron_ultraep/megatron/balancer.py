@@ -103,6 +103,8 @@ class Balancer:
             pool = self._pools[experts.shape, turn] = self.transport.make_pool(experts.shape, layout.slots)
         if self.config.gate and self.costs is None:
             self.costs = self._measure(experts, pool, layout)
+        if not self._layers:
+            self._log.planned_with(self.settings)
         if self._watch is None:
             self._watch = Stopwatch(experts.shape.device)
             self._log.aside = Aside(experts.shape.device) if experts.shape.device.type == "cuda" else None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from megatron_ultraep.layout import MicroBatchKey
 from megatron_ultraep.megatron import microbatch
+from megatron_ultraep.plan.types import PlanSettings
 from megatron_ultraep.runtime.planning import Aside, PlanBatch, Planned
 from megatron_ultraep.telemetry.metrics import StepMetrics
 from megatron_ultraep.telemetry.recorder import Recorder
@@ -63,6 +65,11 @@ class PlanLog:
                 self._land()
 
         return observe
+
+    def planned_with(self, settings: PlanSettings) -> None:
+        """Keep with the records what they are planned with, so that plans can be made again from their loads."""
+        if self._recorder is not None:
+            self._recorder.remember(plan_settings=dataclasses.asdict(settings))
 
     def _send_over(self) -> None:
         """Start the plans since the last time on their way to the host."""

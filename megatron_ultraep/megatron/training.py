@@ -142,8 +142,6 @@ class _Hooks:
                 self.replace_balancer(megatron_ultraep.attach(result[0], self.config))
                 assert self._module is not None
                 self._module.print_rank_0(f" ultraep: experts are balanced with {self.config}")
-            elif self.config.profile and self.balancer is not None:  # layers that adopted themselves
-                self.balancer.name_ranges(result[0])
             return result
 
         return setup_model_and_optimizer
@@ -155,6 +153,8 @@ class _Hooks:
 
             @functools.wraps(schedule)
             def forward_backward(*, forward_step_func: Callable[..., Any], **kwargs: Any) -> Any:
+                if self.config.profile and self.balancer is not None and not self.attaches:
+                    self.balancer.name_ranges(kwargs["model"])  # once; layers that adopt themselves show no model
                 return schedule(forward_step_func=self._with_keys(forward_step_func, **kwargs), **kwargs)
 
             return forward_backward

@@ -128,6 +128,18 @@ class Recorder:
             return
         self._queue.put((key, layer, plan))
 
+    def remember(self, **values: Any) -> None:
+        """Add to ``meta`` of what is written from now on; JSON values.
+
+        Raises:
+            ValueError: other values.
+        """
+        try:
+            added = json.loads(json.dumps(values))
+        except TypeError as error:
+            raise ValueError(f"expected meta of JSON values, got {values!r}: {error}") from error
+        self._meta = self._meta | added
+
     @property
     def counts(self) -> Counts:
         """So far; exact after :meth:`flush`."""

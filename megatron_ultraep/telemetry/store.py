@@ -155,7 +155,9 @@ class ChunkStore:
                 continue
             self.thinned += int(len(mask) - mask.sum())
             if blocks and (
-                block.shape != blocks[0].shape or sum(b.nbytes for b in [*blocks, block]) > self.chunk_bytes
+                block.shape != blocks[0].shape
+                or block.meta != blocks[0].meta  # planned with other settings: a resumed run measures its costs anew
+                or sum(b.nbytes for b in [*blocks, block]) > self.chunk_bytes
             ):
                 yield files, join(blocks)
                 files, blocks = [], []

@@ -25,6 +25,7 @@ WORDS = {
     "transport": (["--ultraep-transport", "collective"], "collective"),
     "record": (["--ultraep-record", "some/where"], "some/where"),
     "record_mib": (["--ultraep-record-mib", "12"], 12),
+    "profile": (["--ultraep-profile"], True),
     "allow_untested": (["--ultraep-allow-untested"], True),
 }
 

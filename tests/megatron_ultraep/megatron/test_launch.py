@@ -1,5 +1,6 @@
 """The launcher and the import line: what they parse, how a script runs, what is hooked; a job with and without them."""
 
+import gzip
 import importlib
 import json
 import os
@@ -51,6 +52,7 @@ def test_flags_end_at_the_script(script):
         ([], "the path of a script is expected"),
         (["--ultraep-enabled", "false", "SCRIPT"], "there is no script false"),
         (["--no-ultraep-gate", "--ultraep-token-ns", "5", "SCRIPT"], "the gate, which is off"),
+        (["--no-ultraep-enabled", "--ultraep-profile", "SCRIPT"], "a model that is balanced, and enabled is off"),
     ],
 )
 def test_wrong_lines_stop_with_a_sentence(line, sentence, script, capsys):
@@ -325,3 +327,24 @@ def test_a_job_trains_the_same_and_is_balanced(way, stock_losses, tmp_path):
         assert 1.0 <= after < before
         assert replicas > 0
     assert list((tmp_path / "loads").glob("*.npz")), "no load records were written"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [launched, specified])
+def test_ranges_are_in_the_trace_of_the_jobs_own_profiler(way, stock_losses, tmp_path):
+    words, environment = way(tmp_path)
+    if environment:
+        environment = {"ULTRAEP_ARGS": environment["ULTRAEP_ARGS"] + " --ultraep-profile"}
+    else:
+        words.insert(words.index("megatron_ultraep.launch") + 1, "--ultraep-profile")
+    own = "--profile --use-pytorch-profiler --profile-step-start 2 --profile-step-end 3 --profile-ranks 0"
+    losses, _ = run_job([*words, *shlex.split(own), "--tensorboard-dir", tmp_path / "tb"], tmp_path, **environment)
+    assert max(abs(losses[i] - stock_losses[i]) for i in losses) < 1e-5
+    (trace,) = tmp_path.rglob("torch_profile/*.json.gz")
+    with gzip.open(trace, "rt") as file:
+        names = {event["name"] for event in json.load(file)["traceEvents"]}
+    for layer in (1, 2):
+        for part in ("", " attention", " moe"):
+            for kind in ("forward", "backward"):
+                assert f"layer {layer}{part} {kind} | model/train/step 1/micro-batch 1" in names
+    assert {"balance: plan", "balance: weights, forward"} <= names

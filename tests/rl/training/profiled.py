@@ -5,12 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_ultraep.megatron import compat
+from megatron_ultraep.megatron.attach import detach
 from megatron_ultraep.runtime import ranges
 from megatron_ultraep.runtime.profiler import ProfileSettings
 from rl.training.batch import MiniBatch
@@ -55,6 +58,27 @@ def steps(directory: str, layout: dict[str, Any], traces: str | None, **spec: An
         "hooked": hooked,
         "microbatches": len(whole.layout.micro_batches[where["dp"]]),
         "layers": sorted(int(layer.layer_number) for layer in _layers(worker)),
+    }
+
+
+def attached(directory: str) -> dict[str, Any]:
+    """Ranges of a model that was attached with ``profile`` until it is detached."""
+    worker = make_worker(directory, {"ep": 2}, balance=replace(BALANCE, profile=True))
+    samples = make_samples(worker.actor.arch)
+    batch = MiniBatch.make(samples, make_layout(samples, worker.spec.layout)).part(worker.groups.coordinates["dp"])
+    objective = PolicyObjective(LOSS, PassSettings(with_entropy=True), "replay")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        worker.train(batch, 0, objective)
+    on = ranges.on()
+    detach(worker.actor.wrapped)
+    modules = [module for chunk in worker.actor.chunks for module in chunk.modules()]
+    left = [hook for m in modules for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    ours = {hook.__qualname__ for hook in left if "LayerRanges" in hook.__qualname__}
+    return {
+        "names": {event.key for event in profiler.key_averages()},
+        "on": on,
+        "on_afterwards": ranges.on(),
+        "hooks": sorted(ours),
     }
 
 

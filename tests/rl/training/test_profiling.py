@@ -3,7 +3,7 @@
 import pytest
 
 from rl.models import tiny
-from tests.rl.training.profiled import intervals, range_names, steps
+from tests.rl.training.profiled import attached, intervals, range_names, steps
 
 CASES = [
     (2, {"ep": 2}, {}),
@@ -59,3 +59,11 @@ def nested(found):
             if open_until:
                 assert end <= open_until[-1][0] + 0.002, (name, open_until[-1])
             open_until.append((end, name))
+
+
+def test_a_model_attached_with_profile_names_ranges_until_it_is_detached(ranks, directory):
+    for seen in ranks(2).run(attached, directory):
+        for layer in (1, 2, 3, 4):
+            assert f"layer {layer} moe backward | actor/train/step 0/micro-batch 0" in seen["names"]
+        assert {"balance: plan", "balance: reroute", "balance: gradients, end"} <= seen["names"]
+        assert (seen["on"], seen["on_afterwards"], seen["hooks"]) == (True, False, [])
