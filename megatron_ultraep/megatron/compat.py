@@ -47,27 +47,48 @@ def transformer_config(**kwargs: Any) -> Any:
     Raises:
         TypeError: a field that this version does not have, by name.
     """
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer import transformer_config as configs
 
-    known = set(inspect.signature(TransformerConfig).parameters)
+    latent = kwargs.get("multi_latent_attention", False)
+    config_class = configs.MLATransformerConfig if latent else configs.TransformerConfig
+    known = set(inspect.signature(config_class).parameters)
     unknown = sorted(set(kwargs) - known)
     if unknown:
         raise TypeError(
             f"Megatron-core {version()} has no TransformerConfig fields {unknown}; tested: {TESTED_VERSIONS}"
         )
-    return TransformerConfig(**kwargs)
+    return config_class(**kwargs)
 
 
-def layer_spec(*, moe: bool, experts: int | None, qk_layernorm: bool, transformer_engine: bool) -> Any:
-    """Stock spec of one GPT layer: dense, or MoE with ``experts`` experts."""
+def layer_spec(
+    *,
+    moe: bool,
+    experts: int | None,
+    qk_layernorm: bool,
+    transformer_engine: bool,
+    multi_latent_attention: bool = False,
+) -> Any:
+    """Stock spec of one GPT layer: dense, or MoE with ``experts`` experts; with grouped-query or latent attention."""
     from megatron.core.models.gpt import gpt_layer_specs as specs
 
     if transformer_engine:
         return specs.get_gpt_layer_with_transformer_engine_spec(
-            num_experts=experts if moe else None, moe_grouped_gemm=moe, qk_layernorm=qk_layernorm
+            num_experts=experts if moe else None,
+            moe_grouped_gemm=moe,
+            qk_layernorm=qk_layernorm,
+            multi_latent_attention=multi_latent_attention,
         )
+    if multi_latent_attention and not has_transformer_engine():
+        from megatron.core.transformer import multi_latent_attention as module
+
+        # Its import of Transformer Engine's layers succeeds with None for each; then it asks isinstance(..., None).
+        module.HAVE_TE = False
     return specs.get_gpt_layer_local_spec(
-        num_experts=experts if moe else None, moe_grouped_gemm=False, qk_layernorm=qk_layernorm, normalization="RMSNorm"
+        num_experts=experts if moe else None,
+        moe_grouped_gemm=False,
+        qk_layernorm=qk_layernorm,
+        multi_latent_attention=multi_latent_attention,
+        normalization="RMSNorm",
     )
 
 
@@ -92,6 +113,13 @@ def block_spec(layer_specs: Sequence[Any], final_norm: Any) -> Any:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
     return TransformerBlockSubmodules(layer_specs=list(layer_specs), layer_norm=final_norm)
+
+
+def no_op() -> Any:
+    """Megatron's module that does nothing, for a place in a layer's spec that stays empty."""
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    return IdentityOp
 
 
 def transformer_engine_norm() -> Any:

@@ -1,7 +1,7 @@
 """What we need to know of a Hugging Face model to build it in Megatron, read from its ``config.json``.
 
-Families: ``qwen3_moe``, ``mixtral``, ``llama`` (and ``qwen3``, dense). Others are refused by name. ``mbridge`` was
-considered for this and for the weights: see docs/notes/models.md for why it does not do the job here.
+Families: see ``FAMILIES``; what each one's config says is read in ``rl.models.families``. Others are refused by name.
+``mbridge`` was considered for this and for the weights: see docs/notes/models.md for why it does not do the job here.
 """
 
 from __future__ import annotations
@@ -11,12 +11,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("qwen3_moe", "mixtral", "llama", "qwen3")
+FAMILIES = ("qwen3_moe", "mixtral", "llama", "qwen3", "qwen2_moe", "olmoe", "glm4_moe", "deepseek_v3")
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Attributes:
+        q_rank: rank of the queries' latent; None projects queries at once.
+        kv_rank: rank of the latent of keys and values.
+        plain_dim, rotary_dim: of a query or key head, without and with rotary positions.
+        value_dim: of a value head.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    plain_dim: int
+    rotary_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a router turns logits into the chosen experts' weights.
+
+    Attributes:
+        scores: ``"softmax"``, or ``"sigmoid"`` with a bias per expert that only chooses (DeepSeek-V3, arXiv 2412.19437,
+            section 2.1.2). The bias is frozen: RL trains without balancing by bias, and what rollout saw must stay.
+        groups: experts are cut into so many groups; 1 is no limit.
+        chosen_groups: a token's experts come from so many of them.
+        scale: factor of the chosen experts' weights.
+    """
+
+    scores: str = "softmax"
+    groups: int = 1
+    chosen_groups: int = 1
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder-only transformer with grouped-query attention, rotary positions, RMSNorm and SwiGLU.
+    """A decoder-only transformer with rotary positions, RMSNorm and SwiGLU.
 
     Attributes:
         family: ``model_type`` of the Hugging Face config.
@@ -27,7 +63,7 @@ class Architecture:
         moe_ffn: intermediate size of an expert.
         experts, topk: of MoE layers; 0 when dense.
         normalize_topk: whether the chosen experts' probabilities are renormalised to 1.
-        qk_norm: RMSNorm on queries and keys.
+        qk_norm: RMSNorm on queries and keys, head by head.
         attention_bias: biases of the q, k and v projections.
         vocab: vocabulary size.
         tied: whether the output layer is the embedding.
@@ -35,6 +71,12 @@ class Architecture:
         rope_theta: base of the rotary embedding.
         max_positions: longest sequence the model is made for.
         dtype: dtype name in the config, e.g. ``"bfloat16"``.
+        qk_norm_whole: RMSNorm on queries and keys, over all heads together; with ``qk_norm``.
+        shared_ffn: intermediate size of the shared expert, 0 without one.
+        shared_gate: the shared expert's output is scaled by a sigmoid gate.
+        routing: of MoE layers.
+        rotary_fraction: part of a head's dimensions that is rotated.
+        latent: multi-head latent attention; None for grouped-query attention.
         scalar_head: gives one number per row instead of the vocabulary, as Hugging Face's sequence classification with
             one label does; see ``rl.models.critic``.
     """
@@ -59,6 +101,12 @@ class Architecture:
     rope_theta: float
     max_positions: int
     dtype: str
+    qk_norm_whole: bool = False
+    shared_ffn: int = 0
+    shared_gate: bool = False
+    routing: Routing = Routing()
+    rotary_fraction: float = 1.0
+    latent: LatentAttention | None = None
     scalar_head: bool = False
 
     @property
@@ -91,83 +139,34 @@ def read_architecture(directory: str | Path) -> Architecture:
 
 def architecture(config: dict[str, Any]) -> Architecture:
     """The architecture that a Hugging Face config (as a dict) describes."""
+    from rl.models import families
+
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UnsupportedModel(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    _refuse_uncovered(config)
+    families.refuse_uncovered(config)
     layers = int(config["num_hidden_layers"])
     heads = int(config["num_attention_heads"])
-    experts, topk, moe_ffn, moe_layers, normalize = _moe(config, layers)
-    return Architecture(
-        family=family,
-        layers=layers,
-        moe_layers=moe_layers,
-        hidden=int(config["hidden_size"]),
-        heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-        ffn=int(config["intermediate_size"]),
-        moe_ffn=moe_ffn,
-        experts=experts,
-        topk=topk,
-        normalize_topk=normalize,
-        qk_norm=family in ("qwen3_moe", "qwen3"),
-        attention_bias=bool(config.get("attention_bias", False)),
-        vocab=int(config["vocab_size"]),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        norm_eps=float(config["rms_norm_eps"]),
-        rope_theta=_rope_theta(config),
-        max_positions=int(config["max_position_embeddings"]),
-        dtype=str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
-    )
-
-
-def _moe(config: dict[str, Any], layers: int) -> tuple[int, int, int, tuple[int, ...], bool]:
-    family = config["model_type"]
-    if family == "mixtral":
-        return (
-            int(config["num_local_experts"]),
-            int(config["num_experts_per_tok"]),
-            int(config["intermediate_size"]),
-            tuple(range(layers)),
-            True,
-        )
-    if family == "qwen3_moe":
-        dense = set(config.get("mlp_only_layers") or ())
-        step = int(config.get("decoder_sparse_step") or 1)
-        moe_layers = tuple(i for i in range(layers) if i not in dense and (i + 1) % step == 0)
-        return (
-            # transformers 5 saves it as num_local_experts
-            int(config["num_experts"] if "num_experts" in config else config["num_local_experts"]),
-            int(config["num_experts_per_tok"]),
-            int(config["moe_intermediate_size"]),
-            moe_layers,
-            bool(config.get("norm_topk_prob", False)),
-        )
-    return 0, 0, 0, (), True
-
-
-def _rope_theta(config: dict[str, Any]) -> float:
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise UnsupportedModel(f"rope_type {kind!r} is not supported, only 'default'")
-    return float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
-
-
-def _refuse_uncovered(config: dict[str, Any]) -> None:
-    refused = []
-    if config.get("hidden_act", "silu") != "silu":
-        refused.append(f"hidden_act {config['hidden_act']!r} (expected 'silu')")
-    if config.get("quantization_config"):
-        refused.append("a quantized checkpoint (convert it to bf16 first)")
-    if config.get("sliding_window") and config.get("use_sliding_window", config["model_type"] == "mixtral"):
-        refused.append(f"sliding-window attention (sliding_window={config['sliding_window']}; set it to null)")
-    if config.get("mlp_bias"):
-        refused.append("biases in the MLP (mlp_bias)")
-    if config.get("num_nextn_predict_layers"):
-        refused.append("multi-token-prediction heads (num_nextn_predict_layers)")
-    if config.get("attention_bias"):
-        refused.append("attention_bias")
-    if refused:
-        raise UnsupportedModel(f"{config['model_type']}: not supported: " + "; ".join(refused))
+    fields: dict[str, Any] = {
+        "family": family,
+        "layers": layers,
+        "moe_layers": (),
+        "hidden": int(config["hidden_size"]),
+        "heads": heads,
+        "kv_heads": int(config.get("num_key_value_heads") or heads),
+        "head_dim": int(config.get("head_dim") or config["hidden_size"] // heads),
+        "ffn": int(config["intermediate_size"]),
+        "moe_ffn": 0,
+        "experts": 0,
+        "topk": 0,
+        "normalize_topk": True,
+        "qk_norm": False,
+        "attention_bias": False,
+        "vocab": int(config["vocab_size"]),
+        "tied": bool(config.get("tie_word_embeddings", False)),
+        "norm_eps": float(config["rms_norm_eps"]),
+        "rope_theta": families.rope_theta(config),
+        "max_positions": int(config["max_position_embeddings"]),
+        "dtype": str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
+    }
+    return Architecture(**(fields | families.OF_FAMILY[family](config, layers)))

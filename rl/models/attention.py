@@ -98,3 +98,35 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+
+
+class WholeQueryNorm(torch.nn.Module):
+    """RMSNorm over all heads of the queries together (OLMoE); without tensor parallelism.
+
+    Megatron gives it heads, ``[..., heads, head size]``, and one head's size.
+    """
+
+    returns_residual = False
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__()
+        if config.tensor_model_parallel_size != 1:
+            raise ValueError("a norm over all heads needs all heads: set tp to 1")
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(self._heads(config) * hidden_size, dtype=config.params_dtype))
+
+    @staticmethod
+    def _heads(config: Any) -> int:
+        return int(config.num_attention_heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = x.flatten(-2)
+        return functional.rms_norm(whole, whole.shape[-1:], self.weight, self.eps).view(x.shape)
+
+
+class WholeKeyNorm(WholeQueryNorm):
+    """The same over all heads of the keys."""
+
+    @staticmethod
+    def _heads(config: Any) -> int:
+        return int(config.num_query_groups)

@@ -15,7 +15,7 @@ import torch
 from megatron_ultraep.megatron import compat, cpu
 from megatron_ultraep.megatron.groups import ModelGroups
 from rl.models.architecture import Architecture, UnsupportedModel
-from rl.models.attention import PackedAttention, RMSNorm
+from rl.models.attention import PackedAttention, RMSNorm, WholeKeyNorm, WholeQueryNorm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -80,6 +80,8 @@ def check_layout(arch: Architecture, groups: ModelGroups) -> None:
     if arch.is_moe and layout.tp > 1 and layout.etp == 1 and layout.ep == 1:
         # Megatron-core 0.16 reduces such experts over the dense data-parallel group: their gradients are wrong.
         wrong.append(f"tp={layout.tp} with ep=1 needs etp={layout.tp} (or ep > 1)")
+    if layout.tp > 1 and (arch.latent or arch.qk_norm_whole):
+        wrong.append(f"tp={layout.tp} is not tested with {arch.family}'s attention: set it to 1")
     chunks = layout.pp * (layout.vpp or 1)
     if arch.layers % chunks:
         wrong.append(f"pp*vpp = {chunks} must divide {arch.layers} layers")
@@ -112,6 +114,7 @@ def _transformer_config(
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "add_bias_linear": False,
+        "add_qkv_bias": arch.attention_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "params_dtype": dtype,
@@ -151,7 +154,14 @@ def _transformer_config(
             "moe_router_topk": arch.topk,
             "moe_layer_freq": [int(i in arch.moe_layers) for i in range(arch.layers)],
             "moe_router_pre_softmax": not arch.normalize_topk,
-            "moe_router_score_function": "softmax",
+            "moe_router_score_function": arch.routing.scores,
+            "moe_router_enable_expert_bias": arch.routing.scores == "sigmoid",
+            "moe_router_bias_update_rate": 0.0,
+            "moe_router_num_groups": arch.routing.groups if arch.routing.groups > 1 else None,
+            "moe_router_group_topk": arch.routing.chosen_groups if arch.routing.groups > 1 else None,
+            "moe_router_topk_scaling_factor": arch.routing.scale if arch.routing.scale != 1.0 else None,
+            "moe_shared_expert_intermediate_size": arch.shared_ffn or None,
+            "moe_shared_expert_gate": arch.shared_gate,
             "moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32",
             "moe_router_load_balancing_type": "none",
             "moe_aux_loss_coeff": 0.0,
@@ -159,6 +169,17 @@ def _transformer_config(
             "moe_permute_fusion": permute_fusion,
             "expert_model_parallel_size": layout.ep,
             "expert_tensor_parallel_size": layout.etp,
+        }
+    if arch.latent:
+        kwargs |= {
+            "multi_latent_attention": True,
+            "q_lora_rank": arch.latent.q_rank,
+            "kv_lora_rank": arch.latent.kv_rank,
+            "qk_head_dim": arch.latent.plain_dim,
+            "qk_pos_emb_head_dim": arch.latent.rotary_dim,
+            "v_head_dim": arch.latent.value_dim,
+            "rope_type": "rope",
+            "rotary_base": arch.rope_theta,
         }
     if recompute.granularity == "full":
         kwargs |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -173,18 +194,27 @@ def _layer_specs(arch: Architecture, layer_indices: Sequence[int], te: bool, dty
     specs = []
     for index in layer_indices:
         spec = compat.layer_spec(
-            moe=index in arch.moe_layers, experts=arch.experts, qk_layernorm=arch.qk_norm, transformer_engine=te
+            moe=index in arch.moe_layers,
+            experts=arch.experts,
+            qk_layernorm=arch.qk_norm,
+            transformer_engine=te,
+            multi_latent_attention=arch.latent is not None,
         )
+        attention = spec.submodules.self_attention.submodules
         if not te:
             spec.submodules.input_layernorm = RMSNorm
             spec.submodules.pre_mlp_layernorm = RMSNorm
-            attention = spec.submodules.self_attention.submodules
             attention.core_attention = PackedAttention
             if arch.qk_norm:
                 attention.q_layernorm = RMSNorm
-                attention.k_layernorm = RMSNorm
+                setattr(attention, "kv_layernorm" if arch.latent else "k_layernorm", RMSNorm)
         elif dtype == torch.float32:  # Transformer Engine's attention kernels take 16-bit packed sequences only
-            spec.submodules.self_attention.submodules.core_attention = PackedAttention
+            attention.core_attention = PackedAttention
+        if arch.latent and arch.latent.q_rank is None:
+            attention.q_layernorm = compat.no_op()
+        if arch.qk_norm_whole:
+            attention.q_layernorm = WholeQueryNorm
+            attention.k_layernorm = WholeKeyNorm
         specs.append(spec)
     return specs
 
@@ -250,6 +280,7 @@ def build_model(
             parallel_output=True,
             share_embeddings_and_output_weights=arch.tied,
             position_embedding_type="rope",
+            rotary_percent=arch.rotary_fraction,
             rotary_base=arch.rope_theta,
             pg_collection=groups.collection,
             vp_stage=stage,
@@ -258,4 +289,14 @@ def build_model(
             chunk.cuda(torch.cuda.current_device())
         chunk.vp_stage = stage
         chunks.append(chunk)
+    _freeze_router_biases(config, chunks)
     return BuiltModel(name, arch, groups, config, chunks, dtype)
+
+
+def _freeze_router_biases(config: Any, chunks: list[torch.nn.Module]) -> None:
+    """Routers keep their biases, and nobody counts tokens or updates biases after a step."""
+    config.moe_router_enable_expert_bias = False  # the gradients' finalisation asks the config
+    for chunk in chunks:
+        for module in chunk.modules():
+            if getattr(module, "enable_expert_bias", False):
+                module.enable_expert_bias = False  # type: ignore[assignment]

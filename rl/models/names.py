@@ -51,6 +51,12 @@ _IN_LAYER: dict[str, tuple[int, tuple[str, ...], Kind, int | None]] = {
         "qkv",
         0,
     ),
+    "self_attention.linear_qkv.bias": (
+        11,
+        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+        "qkv",
+        0,
+    ),
     "self_attention.q_layernorm.weight": (2, ("self_attn.q_norm.weight",), "plain", None),
     "self_attention.k_layernorm.weight": (3, ("self_attn.k_norm.weight",), "plain", None),
     "self_attention.linear_proj.weight": (4, ("self_attn.o_proj.weight",), "plain", 1),
@@ -60,24 +66,42 @@ _IN_LAYER: dict[str, tuple[int, tuple[str, ...], Kind, int | None]] = {
     "mlp.linear_fc2.weight": (7, ("mlp.down_proj.weight",), "plain", 1),
 }
 
-_ROUTER = {"mixtral": "block_sparse_moe.gate.weight", "qwen3_moe": "mlp.gate.weight"}
-_EXPERTS = {
-    "mixtral": {
-        "linear_fc1": ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
-        "linear_fc2": ("block_sparse_moe.experts.{}.w2.weight",),
-    },
-    "qwen3_moe": {
-        "linear_fc1": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
-        "linear_fc2": ("mlp.experts.{}.down_proj.weight",),
-    },
+# Where multi-head latent attention differs; Transformer Engine's up projections carry the norms of the latents.
+_LATENT: dict[str, tuple[int, tuple[str, ...], Kind, int | None]] = {
+    "self_attention.linear_q_proj.weight": (1, ("self_attn.q_proj.weight",), "plain", 0),
+    "self_attention.linear_q_down_proj.weight": (1, ("self_attn.q_a_proj.weight",), "plain", 0),
+    "self_attention.q_layernorm.weight": (2, ("self_attn.q_a_layernorm.weight",), "plain", None),
+    "self_attention.linear_q_up_proj.layer_norm_weight": (2, ("self_attn.q_a_layernorm.weight",), "plain", None),
+    "self_attention.kv_layernorm.weight": (3, ("self_attn.kv_a_layernorm.weight",), "plain", None),
+    "self_attention.linear_kv_up_proj.layer_norm_weight": (3, ("self_attn.kv_a_layernorm.weight",), "plain", None),
+    "self_attention.linear_q_up_proj.weight": (12, ("self_attn.q_b_proj.weight",), "plain", 0),
+    "self_attention.linear_kv_down_proj.weight": (13, ("self_attn.kv_a_proj_with_mqa.weight",), "plain", 0),
+    "self_attention.linear_kv_up_proj.weight": (14, ("self_attn.kv_b_proj.weight",), "plain", 0),
+}
+
+_ROUTER = {"mixtral": "block_sparse_moe.gate.weight"}
+_ROUTER_BIAS = "mlp.router.expert_bias"
+_SHARED = {"qwen2_moe": "mlp.shared_expert", "glm4_moe": "mlp.shared_experts", "deepseek_v3": "mlp.shared_experts"}
+_MIXTRAL_EXPERTS: dict[str, tuple[str, ...]] = {
+    "linear_fc1": ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+    "linear_fc2": ("block_sparse_moe.experts.{}.w2.weight",),
+}
+_EXPERTS: dict[str, tuple[str, ...]] = {
+    "linear_fc1": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+    "linear_fc2": ("mlp.experts.{}.down_proj.weight",),
 }
 
 
+def is_kept(name: str) -> bool:
+    """Whether a buffer of a chunk belongs to the model's weights: routers' biases do, statistics do not."""
+    return name.endswith(_ROUTER_BIAS)
+
+
 def logical(name: str, arch: Architecture, *, layer_of: dict[int, int], experts: tuple[int, ...]) -> Logical | None:
-    """What a parameter of a bare ``GPTModel`` chunk is.
+    """What a parameter, or a buffer that is kept, of a bare ``GPTModel`` chunk is.
 
     Args:
-        name: from ``named_parameters()``.
+        name: from ``named_parameters()`` or ``named_buffers()``.
         arch: of the model.
         layer_of: global 0-based layer by the index in this chunk.
         experts: logical experts at home on this rank, in the order of its local experts.
@@ -101,11 +125,10 @@ def logical(name: str, arch: Architecture, *, layer_of: dict[int, int], experts:
         raise KeyError(f"no Hugging Face tensor corresponds to Megatron's {name!r} in {arch.family}")
     layer, rest = layer_of[int(match[1])], match[2]
     prefix = f"model.layers.{layer}."
-    if rest in _IN_LAYER:
-        place, hf, kind, tp_dim = _IN_LAYER[rest]
+    table = _in_layer(arch)
+    if rest in table:
+        place, hf, kind, tp_dim = table[rest]
         return Logical((layer, place, 0), tuple(prefix + n for n in hf), kind, tp_dim)
-    if rest == "mlp.router.weight":
-        return Logical((layer, 8, 0), (prefix + _ROUTER[arch.family],))
     if found := _EXPERT_LOCAL.fullmatch(rest):
         local, projection = int(found[1]), found[2]
     elif found := _EXPERT_GROUPED.fullmatch(rest):
@@ -113,7 +136,25 @@ def logical(name: str, arch: Architecture, *, layer_of: dict[int, int], experts:
     else:
         raise KeyError(f"no Hugging Face tensor corresponds to Megatron's {name!r} in {arch.family}")
     expert = experts[local]
-    hf = tuple(prefix + n.format(expert) for n in _EXPERTS[arch.family][projection])
+    names = _MIXTRAL_EXPERTS if arch.family == "mixtral" else _EXPERTS
+    hf = tuple(prefix + n.format(expert) for n in names[projection])
     if projection == "linear_fc1":
         return Logical((layer, 9, expert), hf, "gated", 0, expert)
     return Logical((layer, 10, expert), hf, "plain", 1, expert)
+
+
+def _in_layer(arch: Architecture) -> dict[str, tuple[int, tuple[str, ...], Kind, int | None]]:
+    """Everything of a layer but its experts."""
+    table = _IN_LAYER | (_LATENT if arch.latent else {})
+    table["mlp.router.weight"] = (8, (_ROUTER.get(arch.family, "mlp.gate.weight"),), "plain", None)
+    table[_ROUTER_BIAS] = (15, ("mlp.gate.e_score_correction_bias",), "plain", None)
+    if shared := _SHARED.get(arch.family):
+        table["mlp.shared_experts.linear_fc1.weight"] = (
+            16,
+            (f"{shared}.gate_proj.weight", f"{shared}.up_proj.weight"),
+            "gated",
+            0,
+        )
+        table["mlp.shared_experts.linear_fc2.weight"] = (17, (f"{shared}.down_proj.weight",), "plain", 1)
+        table["mlp.shared_experts.gate_weight"] = (18, (f"{shared}_gate.weight",), "plain", None)
+    return table

@@ -22,6 +22,13 @@ CHAT_TEMPLATE = (
 )
 _DEFAULT_TEXTS = ("0123456789 + - * / = ( ) What is the answer?",)
 _VOCABULARY_MULTIPLE = 64
+_EXPERTS_FIELD = {
+    "qwen3_moe": "num_experts",
+    "qwen2_moe": "num_experts",
+    "olmoe": "num_experts",
+    "glm4_moe": "n_routed_experts",
+    "deepseek_v3": "n_routed_experts",
+}
 
 
 def for_reasoning_gym(
@@ -223,6 +230,187 @@ def llama(
     return _save(LlamaForCausalLM, config, path, dtype, seed)
 
 
+def qwen2_moe(
+    path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    layers: int = 4,
+    hidden: int = 64,
+    experts: int = 8,
+    topk: int = 2,
+    heads: int = 2,
+    kv_heads: int = 1,
+    moe_intermediate: int = 64,
+    shared_intermediate: int = 96,
+    mlp_only_layers: Sequence[int] = (0,),
+    decoder_sparse_step: int = 1,
+    max_positions: int = 8192,
+    initializer_range: float = 0.15,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Path:
+    """Write a random Qwen2-MoE model to ``path``: gated shared expert, biases of q, k and v; see :func:`qwen3_moe`."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    vocabulary = _place_tokenizer(path, tokenizer)
+    config = Qwen2MoeConfig(
+        **_trunk(vocabulary, layers, hidden, heads, kv_heads, max_positions, initializer_range),
+        intermediate_size=2 * hidden,
+        moe_intermediate_size=moe_intermediate,
+        shared_expert_intermediate_size=shared_intermediate,
+        num_experts=experts,
+        num_experts_per_tok=topk,
+        norm_topk_prob=False,
+        decoder_sparse_step=decoder_sparse_step,
+        mlp_only_layers=list(mlp_only_layers),
+        router_aux_loss_coef=0.0,
+    )
+    return _save(Qwen2MoeForCausalLM, config, path, dtype, seed, vectors=True)
+
+
+def olmoe(
+    path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    layers: int = 4,
+    hidden: int = 64,
+    experts: int = 8,
+    topk: int = 2,
+    heads: int = 2,
+    kv_heads: int = 2,
+    intermediate: int = 64,
+    max_positions: int = 8192,
+    initializer_range: float = 0.15,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Path:
+    """Write a random OLMoE model to ``path``: norms over whole queries and keys; arguments as in :func:`qwen3_moe`."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    vocabulary = _place_tokenizer(path, tokenizer)
+    config = OlmoeConfig(
+        **_trunk(vocabulary, layers, hidden, heads, kv_heads, max_positions, initializer_range),
+        intermediate_size=intermediate,
+        num_experts=experts,
+        num_experts_per_tok=topk,
+        norm_topk_prob=False,
+        router_aux_loss_coef=0.0,
+    )
+    return _save(OlmoeForCausalLM, config, path, dtype, seed, vectors=True)
+
+
+def glm4_moe(
+    path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    layers: int = 4,
+    hidden: int = 64,
+    experts: int = 8,
+    topk: int = 2,
+    heads: int = 2,
+    kv_heads: int = 1,
+    head_dim: int = 32,
+    moe_intermediate: int = 64,
+    dense_layers: int = 1,
+    groups: int = 1,
+    chosen_groups: int = 1,
+    scale: float = 1.5,
+    use_qk_norm: bool = True,
+    max_positions: int = 8192,
+    initializer_range: float = 0.15,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Path:
+    """Write a random GLM-4-MoE model to ``path``; arguments as in :func:`qwen3_moe`.
+
+    Args:
+        dense_layers: the first so many have no experts.
+        groups, chosen_groups, scale: of the router, see ``rl.models.architecture.Routing``.
+    """
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    vocabulary = _place_tokenizer(path, tokenizer)
+    config = Glm4MoeConfig(
+        **_trunk(vocabulary, layers, hidden, heads, kv_heads, max_positions, initializer_range),
+        **_sigmoid_moe(hidden, experts, topk, moe_intermediate, dense_layers, groups, chosen_groups, scale),
+        head_dim=head_dim,
+        attention_bias=True,
+        use_qk_norm=use_qk_norm,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    )
+    return _save(Glm4MoeForCausalLM, config, path, dtype, seed, vectors=True)
+
+
+def deepseek_v3(
+    path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    layers: int = 4,
+    hidden: int = 64,
+    experts: int = 8,
+    topk: int = 4,
+    heads: int = 2,
+    q_rank: int | None = 48,
+    kv_rank: int = 32,
+    plain_dim: int = 32,
+    rotary_dim: int = 16,
+    value_dim: int = 32,
+    moe_intermediate: int = 64,
+    dense_layers: int = 1,
+    groups: int = 4,
+    chosen_groups: int = 2,
+    scale: float = 2.5,
+    max_positions: int = 8192,
+    initializer_range: float = 0.15,
+    dtype: str = "float32",
+    seed: int = 0,
+) -> Path:
+    """Write a random DeepSeek-V3 model to ``path``; arguments as in :func:`glm4_moe`.
+
+    Args:
+        q_rank, kv_rank, plain_dim, rotary_dim, value_dim: see ``rl.models.architecture.LatentAttention``.
+    """
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    vocabulary = _place_tokenizer(path, tokenizer)
+    config = DeepseekV3Config(
+        **_trunk(vocabulary, layers, hidden, heads, heads, max_positions, initializer_range),
+        **_sigmoid_moe(hidden, experts, topk, moe_intermediate, dense_layers, groups, chosen_groups, scale),
+        q_lora_rank=q_rank,
+        kv_lora_rank=kv_rank,
+        qk_nope_head_dim=plain_dim,
+        qk_rope_head_dim=rotary_dim,
+        v_head_dim=value_dim,
+    )
+    return _save(DeepseekV3ForCausalLM, config, path, dtype, seed, vectors=True)
+
+
+def _sigmoid_moe(
+    hidden: int,
+    experts: int,
+    topk: int,
+    moe_intermediate: int,
+    dense_layers: int,
+    groups: int,
+    chosen_groups: int,
+    scale: float,
+) -> dict[str, Any]:
+    """The fields of MoE layers that GLM-4-MoE and DeepSeek-V3 share."""
+    return {
+        "intermediate_size": 2 * hidden,
+        "moe_intermediate_size": moe_intermediate,
+        "n_routed_experts": experts,
+        "num_experts_per_tok": topk,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": dense_layers,
+        "n_group": groups,
+        "topk_group": chosen_groups,
+        "routed_scaling_factor": scale,
+        "norm_topk_prob": True,
+        "num_nextn_predict_layers": 0,
+    }
+
+
 def _trunk(
     vocabulary: int, layers: int, hidden: int, heads: int, kv_heads: int, max_positions: int, initializer_range: float
 ) -> dict[str, Any]:
@@ -263,14 +451,18 @@ def _place_tokenizer(path: str | Path, tokenizer: str | Path | None) -> int:
     return -(-size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
 
 
-def _save(model_class: Any, config: Any, path: str | Path, dtype: str, seed: int) -> Path:
+def _save(model_class: Any, config: Any, path: str | Path, dtype: str, seed: int, *, vectors: bool = False) -> Path:
+    """Make and save a model; with ``vectors``, norms and biases are random too, not ones and zeros."""
     import torch
     from transformers.utils import logging
 
     generator_state = torch.random.get_rng_state()  # making a model must not move the caller's random stream
     try:
         torch.manual_seed(seed)
-        model = model_class(config).to(getattr(torch, dtype))
+        model = model_class(config)
+        if vectors:
+            _draw_vectors(model)
+        model = model.to(getattr(torch, dtype))
     finally:
         torch.random.set_rng_state(generator_state)
     path = Path(path)
@@ -286,13 +478,28 @@ def _save(model_class: Any, config: Any, path: str | Path, dtype: str, seed: int
     return path
 
 
+def _draw_vectors(model: Any) -> None:
+    """Random norms and biases, the routers' too: ones and zeros would hide that one of them was not loaded."""
+    import torch
+
+    with torch.no_grad():
+        for name, vector in [*model.named_parameters(), *model.named_buffers()]:
+            if vector.dim() == 1 and name.endswith((".weight", ".bias", "e_score_correction_bias")):
+                vector += 0.1 * torch.randn(vector.shape)
+
+
 def _write_published_field_names(path: Path) -> None:
     """Add the field names of published checkpoints, which transformers >= 5 renames when it saves."""
     file = path / "config.json"
     config = json.loads(file.read_text())
-    if config["model_type"] == "qwen3_moe":
-        config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
+    published = _EXPERTS_FIELD.get(config["model_type"])
+    if published and "num_local_experts" in config:
+        config[published] = config.pop("num_local_experts")
+    if "num_mtp_layers" in config:
+        config["num_nextn_predict_layers"] = config.pop("num_mtp_layers")
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    if "partial_rotary_factor" in config["rope_parameters"]:
+        config["partial_rotary_factor"] = config["rope_parameters"]["partial_rotary_factor"]
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

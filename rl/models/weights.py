@@ -20,7 +20,7 @@ from megatron_ultraep.megatron.checkpoint import local_experts
 from rl.models.architecture import Architecture
 from rl.models.builder import BuiltModel, chunk_layers, padded_vocabulary
 from rl.models.hf_files import ModelFiles, ModelWriter
-from rl.models.names import Logical, logical
+from rl.models.names import Logical, is_kept, logical
 from rl.transfer.plan import Holding, TensorSpec
 
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -28,11 +28,15 @@ _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class LocalParameter:
-    """A parameter of this rank and what it is in the whole model."""
+    """A parameter of this rank, or a buffer that is kept with them, and what it is in the whole model."""
 
     logical: Logical
-    parameter: torch.nn.Parameter
+    parameter: torch.Tensor
     name: str
+
+    @property
+    def trained(self) -> bool:
+        return isinstance(self.parameter, torch.nn.Parameter)
 
 
 def local_parameters(model: BuiltModel) -> list[LocalParameter]:
@@ -42,7 +46,8 @@ def local_parameters(model: BuiltModel) -> list[LocalParameter]:
         layers = chunk_layers(model.arch, model.groups, getattr(chunk, "vp_stage", None))
         layer_of = dict(enumerate(layers))
         experts_of = _local_experts(chunk)
-        for name, parameter in chunk.named_parameters():
+        buffers = [(name, buffer) for name, buffer in chunk.named_buffers() if is_kept(name)]
+        for name, parameter in [*chunk.named_parameters(), *buffers]:
             experts = next((some for prefix, some in experts_of.items() if name.startswith(prefix)), ())
             entry = logical(name, model.arch, layer_of=layer_of, experts=experts)
             if entry is not None:
@@ -74,8 +79,9 @@ def to_megatron(tensors: list[torch.Tensor], entry: Logical, arch: Architecture,
         q, k, v = tensors
         groups = arch.kv_heads
         # Per key/value group: its query heads, its key head, its value head.
-        grouped = torch.cat([x.reshape(groups, -1, arch.hidden) for x in (q, k, v)], dim=1)
-        return part(grouped).reshape(-1, arch.hidden)
+        rest = q.shape[1:]  # none of a bias
+        grouped = torch.cat([x.reshape(groups, -1, *rest) for x in (q, k, v)], dim=1)
+        return part(grouped).reshape(-1, *rest)
     if entry.kind == "gated":
         return torch.cat([part(x) for x in tensors])
     (x,) = tensors
@@ -89,8 +95,9 @@ def to_hugging_face(parts: list[torch.Tensor], entry: Logical, arch: Architectur
     """The whole Hugging Face tensors of a parameter from the parts of all tensor-parallel ranks, in rank order."""
     if entry.kind == "qkv":
         d, per_group = arch.head_dim, arch.heads // arch.kv_heads * arch.head_dim
-        grouped = _joined(parts).reshape(arch.kv_heads, per_group + 2 * d, arch.hidden)
-        return [x.reshape(-1, arch.hidden) for x in grouped.split([per_group, d, d], dim=1)]
+        whole = _joined(parts)
+        grouped = whole.reshape(arch.kv_heads, per_group + 2 * d, *whole.shape[1:])
+        return [x.reshape(-1, *whole.shape[1:]) for x in grouped.split([per_group, d, d], dim=1)]
     if entry.kind == "gated":
         halves = [p.chunk(2) for p in parts]
         return [_joined([h[i] for h in halves]) for i in (0, 1)]
@@ -159,7 +166,8 @@ def export_weights(
         ``(Hugging Face name, tensor on the model's device)``; the tensor may be a view of live weights.
     """
     for local in local_parameters(model):
-        yield from _export_one(model, local, source, names)
+        if source == "parameter" or local.trained:
+            yield from _export_one(model, local, source, names)
 
 
 def holdings(model: BuiltModel, dtype: str) -> list[Holding]:

@@ -23,9 +23,17 @@ MODELS = {
     "qwen3_moe tied": lambda path: tiny.qwen3_moe(path, seed=3, tie_word_embeddings=True),
     "qwen3_moe not normalised": lambda path: not_normalised(tiny.qwen3_moe(path, seed=4, topk=3)),
     "mixtral": lambda path: tiny.mixtral(path, seed=5, heads=4, kv_heads=2),
+    "qwen2_moe": lambda path: tiny.qwen2_moe(path, seed=8, heads=4, kv_heads=2),
+    "qwen2_moe sparse step": lambda path: tiny.qwen2_moe(path, seed=9, heads=4, kv_heads=2, decoder_sparse_step=2),
+    "olmoe": lambda path: tiny.olmoe(path, seed=10, heads=4, kv_heads=2),
+    "glm4_moe": lambda path: tiny.glm4_moe(path, seed=11, heads=4, kv_heads=2, topk=4, groups=4, chosen_groups=2),
+    "glm4_moe air": lambda path: tiny.glm4_moe(path, seed=12, heads=4, kv_heads=2, use_qk_norm=False),
+    "deepseek_v3": lambda path: tiny.deepseek_v3(path, seed=13),
+    "deepseek_v3 full queries": lambda path: tiny.deepseek_v3(path, seed=14, q_rank=None, dense_layers=2),
     "llama": lambda path: tiny.llama(path, seed=6, heads=4, kv_heads=2),
     "llama tied": lambda path: tiny.llama(path, seed=7, heads=4, kv_heads=2, tie_word_embeddings=True),
 }
+WITHOUT_TP = ("olmoe", "deepseek_v3")
 LAYOUTS = {
     "one": (1, {}),
     "ep2": (2, {"ep": 2}),
@@ -124,8 +132,9 @@ def reference(directories):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logprobs_equal_those_of_transformers(ranks, directories, reference, layout):
     world, sizes = LAYOUTS[layout]
-    answers = ranks(world).run(megatron_logprobs, [(str(d), sizes) for d in directories.values()])
-    for i, name in enumerate(directories):
+    names = [name for name in directories if "tp" not in sizes or not name.startswith(WITHOUT_TP)]
+    answers = ranks(world).run(megatron_logprobs, [(str(directories[name]), sizes) for name in names])
+    for i, name in enumerate(names):
         stages = [one[i] for one in answers if one[i] is not None]
         assert len(stages) == world // sizes.get("pp", 1)
         for got in stages:
@@ -152,6 +161,8 @@ def test_the_models_differ_where_they_should(reference, directories):
         ("qwen3_moe", 2, {"tp": 2}, r"tp=2 with ep=1 needs etp=2 \(or ep > 1\)"),
         ("qwen3_moe", 3, {"pp": 3}, r"pp\*vpp = 3 must divide 4 layers"),
         ("qwen3_moe", 3, {"ep": 3}, "ep=3 must divide 8 experts"),
+        ("olmoe", 2, {"tp": 2, "ep": 2}, "tp=2 is not tested with olmoe's attention: set it to 1"),
+        ("deepseek_v3", 2, {"tp": 2, "ep": 2}, "tp=2 is not tested with deepseek_v3's attention: set it to 1"),
         ("llama", 2, {"etp": 2}, "a dense model has no experts, got ep=1, etp=2: set them to 1"),
     ],
 )
