@@ -115,13 +115,6 @@ def block_spec(layer_specs: Sequence[Any], final_norm: Any) -> Any:
     return TransformerBlockSubmodules(layer_specs=list(layer_specs), layer_norm=final_norm)
 
 
-def no_op() -> Any:
-    """Megatron's module that does nothing, for a place in a layer's spec that stays empty."""
-    from megatron.core.transformer.identity_op import IdentityOp
-
-    return IdentityOp
-
-
 def transformer_engine_norm() -> Any:
     """Megatron's wrapper of Transformer Engine's norm."""
     from megatron.core.extensions.transformer_engine import TENorm

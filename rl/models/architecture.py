@@ -19,13 +19,13 @@ class LatentAttention:
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
     Attributes:
-        q_rank: rank of the queries' latent; None projects queries at once.
+        q_rank: rank of the queries' latent.
         kv_rank: rank of the latent of keys and values.
         plain_dim, rotary_dim: of a query or key head, without and with rotary positions.
         value_dim: of a value head.
     """
 
-    q_rank: int | None
+    q_rank: int
     kv_rank: int
     plain_dim: int
     rotary_dim: int

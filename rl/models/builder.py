@@ -210,8 +210,6 @@ def _layer_specs(arch: Architecture, layer_indices: Sequence[int], te: bool, dty
                 setattr(attention, "kv_layernorm" if arch.latent else "k_layernorm", RMSNorm)
         elif dtype == torch.float32:  # Transformer Engine's attention kernels take 16-bit packed sequences only
             attention.core_attention = PackedAttention
-        if arch.latent and arch.latent.q_rank is None:
-            attention.q_layernorm = compat.no_op()
         if arch.qk_norm_whole:
             attention.q_layernorm = WholeQueryNorm
             attention.k_layernorm = WholeKeyNorm

@@ -120,8 +120,13 @@ def _deepseek_v3(config: Config, layers: int) -> dict[str, Any]:
         )
     if not config.get("rope_interleave", True):
         raise UnsupportedModel("deepseek_v3: rope_interleave=false is not supported: Megatron's rotates pairs")
+    if not config.get("q_lora_rank"):
+        raise UnsupportedModel(
+            "deepseek_v3: q_lora_rank=null (Moonlight) is not supported: Megatron-core 0.19 norms such queries, which "
+            "the model does not"
+        )
     latent = LatentAttention(
-        q_rank=int(config["q_lora_rank"]) if config.get("q_lora_rank") else None,
+        q_rank=int(config["q_lora_rank"]),
         kv_rank=int(config["kv_lora_rank"]),
         plain_dim=int(config["qk_nope_head_dim"]),
         rotary_dim=int(config["qk_rope_head_dim"]),

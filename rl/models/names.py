@@ -10,6 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from rl.models.architecture import Architecture
 
 Kind = Literal["plain", "vocab", "qkv", "gated"]
@@ -68,7 +70,6 @@ _IN_LAYER: dict[str, tuple[int, tuple[str, ...], Kind, int | None]] = {
 
 # Where multi-head latent attention differs; Transformer Engine's up projections carry the norms of the latents.
 _LATENT: dict[str, tuple[int, tuple[str, ...], Kind, int | None]] = {
-    "self_attention.linear_q_proj.weight": (1, ("self_attn.q_proj.weight",), "plain", 0),
     "self_attention.linear_q_down_proj.weight": (1, ("self_attn.q_a_proj.weight",), "plain", 0),
     "self_attention.q_layernorm.weight": (2, ("self_attn.q_a_layernorm.weight",), "plain", None),
     "self_attention.linear_q_up_proj.layer_norm_weight": (2, ("self_attn.q_a_layernorm.weight",), "plain", None),
@@ -81,6 +82,7 @@ _LATENT: dict[str, tuple[int, tuple[str, ...], Kind, int | None]] = {
 
 _ROUTER = {"mixtral": "block_sparse_moe.gate.weight"}
 _ROUTER_BIAS = "mlp.router.expert_bias"
+_HF_ROUTER_BIAS = "mlp.gate.e_score_correction_bias"
 _SHARED = {"qwen2_moe": "mlp.shared_expert", "glm4_moe": "mlp.shared_experts", "deepseek_v3": "mlp.shared_experts"}
 _MIXTRAL_EXPERTS: dict[str, tuple[str, ...]] = {
     "linear_fc1": ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
@@ -90,6 +92,12 @@ _EXPERTS: dict[str, tuple[str, ...]] = {
     "linear_fc1": ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
     "linear_fc2": ("mlp.experts.{}.down_proj.weight",),
 }
+
+
+def sent_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a Hugging Face tensor is sent to engines as: ``dtype``, but float32 for routers' biases, which engines hold
+    so; rounded, they would choose other experts."""
+    return torch.float32 if name.endswith(_HF_ROUTER_BIAS) else dtype
 
 
 def is_kept(name: str) -> bool:
@@ -147,7 +155,7 @@ def _in_layer(arch: Architecture) -> dict[str, tuple[int, tuple[str, ...], Kind,
     """Everything of a layer but its experts."""
     table = _IN_LAYER | (_LATENT if arch.latent else {})
     table["mlp.router.weight"] = (8, (_ROUTER.get(arch.family, "mlp.gate.weight"),), "plain", None)
-    table[_ROUTER_BIAS] = (15, ("mlp.gate.e_score_correction_bias",), "plain", None)
+    table[_ROUTER_BIAS] = (15, (_HF_ROUTER_BIAS,), "plain", None)
     if shared := _SHARED.get(arch.family):
         table["mlp.shared_experts.linear_fc1.weight"] = (
             16,

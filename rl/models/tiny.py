@@ -350,7 +350,7 @@ def deepseek_v3(
     experts: int = 8,
     topk: int = 4,
     heads: int = 2,
-    q_rank: int | None = 48,
+    q_rank: int = 48,
     kv_rank: int = 32,
     plain_dim: int = 32,
     rotary_dim: int = 16,

@@ -20,7 +20,7 @@ from megatron_ultraep.megatron.checkpoint import local_experts
 from rl.models.architecture import Architecture
 from rl.models.builder import BuiltModel, chunk_layers, padded_vocabulary
 from rl.models.hf_files import ModelFiles, ModelWriter
-from rl.models.names import Logical, is_kept, logical
+from rl.models.names import Logical, is_kept, logical, sent_dtype
 from rl.transfer.plan import Holding, TensorSpec
 
 _EMBEDDING, _OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
@@ -175,13 +175,14 @@ def holdings(model: BuiltModel, dtype: str) -> list[Holding]:
 
     Args:
         model: whose weights.
-        dtype: what tensors will be cast to, a torch name such as ``"bfloat16"``.
+        dtype: what tensors will be cast to, a torch name such as ``"bfloat16"``; routers' biases are sent in float32.
     """
     found = []
     for local in local_parameters(model):
         group = _expert_or_dense(model, local.logical)[2]
         shapes = _whole_shapes(model, local)
-        specs = tuple(TensorSpec(name, shape, dtype) for name, shape in zip(local.logical.hf, shapes, strict=True))
+        sent = str(sent_dtype(local.logical.hf[0], getattr(torch, dtype))).removeprefix("torch.")
+        specs = tuple(TensorSpec(name, shape, sent) for name, shape in zip(local.logical.hf, shapes, strict=True))
         found.append(Holding(local.logical.key, specs, dist.get_process_group_ranks(group)[0]))
     return found
 
@@ -266,18 +267,18 @@ def copy_weights(source: BuiltModel, target: BuiltModel) -> None:
     theirs = {p.logical.hf: p for p in local_parameters(target)}
     told: list[Any] = [None] * source.groups.layout.world
     handing = [
-        (p.logical.key, dist.get_rank(), p.logical.hf, _whole_shapes(source, p))
+        (p.logical.key, dist.get_rank(), p.logical.hf, _whole_shapes(source, p), p.parameter.dtype)
         for p in mine.values()
         if _hands_over_alone(source, p)
     ]
     dist.all_gather_object(told, handing, group=world)
-    for key, owner, hf, shapes in sorted(each for parts in told for each in parts):
+    for key, owner, hf, shapes, dtype in sorted((each for parts in told for each in parts), key=lambda each: each[0]):
         # All ranks of a tensor-parallel group gather, though one hands over.
         tensors = [t for _, t in _export_one(source, mine[key], "parameter")] if key in mine else []
         if dist.get_rank() == owner:
             tensors = [t.contiguous() for t in tensors]
         else:
-            tensors = [torch.empty(shape, dtype=source.dtype, device=source.device) for shape in shapes]
+            tensors = [torch.empty(shape, dtype=dtype, device=source.device) for shape in shapes]
         for tensor in tensors:
             dist.broadcast(tensor, src=owner, group=world)
         local = theirs.get(hf)

@@ -33,6 +33,7 @@ from megatron_ultraep.runtime.ranges import ranged
 from rl.models.architecture import read_architecture
 from rl.models.builder import DTYPES, BuiltModel, build_model
 from rl.models.critic import build_scalar_model, load_scalar_weights
+from rl.models.names import sent_dtype
 from rl.models.weights import copy_weights, export_weights, load_weights
 from rl.training.batch import MiniBatch
 from rl.training.foresight import RankBalance, StagePlans, rank_balance
@@ -432,7 +433,7 @@ class TrainWorker:
         bucket: dict[str, torch.Tensor] = {}
         size = 0
         for name, tensor in export_weights(self.actor):
-            copy = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+            copy = tensor.detach().to("cpu", sent_dtype(name, dtype), copy=True).contiguous()
             bucket[name] = copy
             size += copy.numel() * copy.element_size()
             if size >= bucket_bytes:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
+from rl.models.names import sent_dtype
+
 _DEVICE = 6  # where torch's rebuild_cuda_tensor takes the device index
 
 
@@ -86,7 +88,7 @@ class SharedWeights:
 
     def __init__(self, pairs: Iterable[tuple[str, torch.Tensor]], rank: int, dtype: torch.dtype | None = None) -> None:
         self.rank = rank
-        self._tensors = [(name, tensor.detach().to(dtype or tensor.dtype)) for name, tensor in pairs]
+        self._tensors = [(name, tensor.detach().to(sent_dtype(name, dtype or tensor.dtype))) for name, tensor in pairs]
 
     def handles(self) -> IpcHandles:
         """Handles of everything; waits until what was written to it has been."""

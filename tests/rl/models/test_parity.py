@@ -29,7 +29,7 @@ MODELS = {
     "glm4_moe": lambda path: tiny.glm4_moe(path, seed=11, heads=4, kv_heads=2, topk=4, groups=4, chosen_groups=2),
     "glm4_moe air": lambda path: tiny.glm4_moe(path, seed=12, heads=4, kv_heads=2, use_qk_norm=False),
     "deepseek_v3": lambda path: tiny.deepseek_v3(path, seed=13),
-    "deepseek_v3 full queries": lambda path: tiny.deepseek_v3(path, seed=14, q_rank=None, dense_layers=2),
+    "deepseek_v3 two dense layers": lambda path: tiny.deepseek_v3(path, seed=14, dense_layers=2),
     "llama": lambda path: tiny.llama(path, seed=6, heads=4, kv_heads=2),
     "llama tied": lambda path: tiny.llama(path, seed=7, heads=4, kv_heads=2, tie_word_embeddings=True),
 }
