@@ -400,9 +400,19 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def float16_module(config: Any, chunk: torch.nn.Module) -> torch.nn.Module:
+    """Megatron's wrapper of 16-bit models; routers' expert biases stay float32, bit for bit.
+
+    Megatron casts them back to float32 at the first forward pass, when what the 16 bits do not hold is lost.
+    """
     from megatron.core.transformer.module import Float16Module
 
-    return Float16Module(config, chunk)
+    biases = {
+        module: module.expert_bias for module in chunk.modules() if getattr(module, "expert_bias", None) is not None
+    }
+    wrapped = Float16Module(config, chunk)
+    for module, bias in biases.items():
+        module.expert_bias = bias
+    return wrapped
 
 
 def modules_with_te_checkpoint() -> list[Any]:

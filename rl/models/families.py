@@ -12,6 +12,7 @@ from rl.models.architecture import LatentAttention, Routing, UnsupportedModel
 
 Config = dict[str, Any]
 _LATENT_NORM_EPS = 1e-6
+_OLMOE_NORM_EPS = 1e-5
 
 
 def _experts(config: Config) -> int:
@@ -57,6 +58,11 @@ def _qwen2_moe(config: Config, layers: int) -> dict[str, Any]:
 def _olmoe(config: Config, layers: int) -> dict[str, Any]:
     if config.get("clip_qkv") is not None:
         raise UnsupportedModel(f"olmoe: clip_qkv={config['clip_qkv']} is not supported; published models have null")
+    if float(config["rms_norm_eps"]) != _OLMOE_NORM_EPS:
+        raise UnsupportedModel(
+            f"olmoe: rms_norm_eps={config['rms_norm_eps']} is not supported, only {_OLMOE_NORM_EPS}: vLLM has that one "
+            "whatever the config says"
+        )
     return {
         "experts": _experts(config),
         "topk": int(config["num_experts_per_tok"]),

@@ -288,8 +288,9 @@ def olmoe(
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     vocabulary = _place_tokenizer(path, tokenizer)
+    trunk = _trunk(vocabulary, layers, hidden, heads, kv_heads, max_positions, initializer_range)
     config = OlmoeConfig(
-        **_trunk(vocabulary, layers, hidden, heads, kv_heads, max_positions, initializer_range),
+        **(trunk | {"rms_norm_eps": 1e-5}),
         intermediate_size=intermediate,
         num_experts=experts,
         num_experts_per_tok=topk,
