@@ -33,6 +33,26 @@ class LatentAttention:
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """Rotary positions stretched to longer sequences (YaRN, arXiv 2309.00071), as DeepSeek's models have them.
+
+    Attributes:
+        factor: by which positions are stretched.
+        original_positions: longest sequence before.
+        beta_fast, beta_slow: rotations within that length at which stretching begins and is complete.
+        scale: ``mscale`` of the config; with ``scale_all`` it scales rotated dimensions.
+        scale_all: ``mscale_all_dim`` of the config; squared into the softmax's scale.
+    """
+
+    factor: float
+    original_positions: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    scale: float = 1.0
+    scale_all: float = 0.0
+
+
+@dataclass(frozen=True)
 class Routing:
     """How a router turns logits into the chosen experts' weights.
 
@@ -77,6 +97,7 @@ class Architecture:
         routing: of MoE layers.
         rotary_fraction: part of a head's dimensions that is rotated.
         latent: multi-head latent attention; None for grouped-query attention.
+        yarn: how rotary positions are stretched; None leaves them.
         scalar_head: gives one number per row instead of the vocabulary, as Hugging Face's sequence classification with
             one label does; see ``rl.models.critic``.
     """
@@ -107,6 +128,7 @@ class Architecture:
     routing: Routing = Routing()
     rotary_fraction: float = 1.0
     latent: LatentAttention | None = None
+    yarn: Yarn | None = None
     scalar_head: bool = False
 
     @property

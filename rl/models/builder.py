@@ -178,9 +178,18 @@ def _transformer_config(
             "qk_head_dim": arch.latent.plain_dim,
             "qk_pos_emb_head_dim": arch.latent.rotary_dim,
             "v_head_dim": arch.latent.value_dim,
-            "rope_type": "rope",
+            "rope_type": "yarn" if arch.yarn else "rope",
             "rotary_base": arch.rope_theta,
         }
+        if arch.yarn:
+            kwargs |= {
+                "rotary_scaling_factor": arch.yarn.factor,
+                "original_max_position_embeddings": arch.yarn.original_positions,
+                "beta_fast": arch.yarn.beta_fast,
+                "beta_slow": arch.yarn.beta_slow,
+                "mscale": arch.yarn.scale,
+                "mscale_all_dim": arch.yarn.scale_all,
+            }
     if recompute.granularity == "full":
         kwargs |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     elif recompute.granularity == "selective":

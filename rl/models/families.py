@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rl.models.architecture import LatentAttention, Routing, UnsupportedModel
+from rl.models.architecture import LatentAttention, Routing, UnsupportedModel, Yarn
 
 Config = dict[str, Any]
 _LATENT_NORM_EPS = 1e-6
@@ -124,6 +124,12 @@ def _deepseek_v3(config: Config, layers: int) -> dict[str, Any]:
             f"deepseek_v3: rms_norm_eps={config['rms_norm_eps']} is not supported, only {_LATENT_NORM_EPS}: norms of "
             "the latents have that epsilon whatever the config says, and Megatron has one for all"
         )
+    missing = [name for name in ("scoring_func", "topk_method") if name not in config]
+    if missing:
+        raise UnsupportedModel(
+            f"deepseek_v3: config.json has no {' and no '.join(missing)}, without which vLLM routes by softmax and has "
+            'no bias: add "scoring_func": "sigmoid" and "topk_method": "noaux_tc", as published models have'
+        )
     if not config.get("rope_interleave", True):
         raise UnsupportedModel("deepseek_v3: rope_interleave=false is not supported: Megatron's rotates pairs")
     if not config.get("q_lora_rank"):
@@ -144,6 +150,7 @@ def _deepseek_v3(config: Config, layers: int) -> dict[str, Any]:
         "kv_heads": int(config["num_attention_heads"]),
         "head_dim": latent.plain_dim + latent.rotary_dim,
         "latent": latent,
+        "yarn": _yarn(config),
     }
 
 
@@ -164,13 +171,43 @@ def rope_theta(config: Config) -> float:
     """Base of the rotary embedding.
 
     Raises:
-        UnsupportedModel: one that is scaled.
+        UnsupportedModel: one that is scaled, but for YaRN in DeepSeek-V3.
     """
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise UnsupportedModel(f"rope_type {kind!r} is not supported, only 'default'")
+    parameters, kind = _rope(config)
+    if kind != "default" and (config["model_type"], kind) != ("deepseek_v3", "yarn"):
+        raise UnsupportedModel(f"rope_type {kind!r} is not supported, only 'default' (and 'yarn' in deepseek_v3)")
     return float(parameters.get("rope_theta") or config.get("rope_theta") or 10000.0)
+
+
+def _rope(config: Config) -> tuple[Config, str]:
+    """Parameters of the rotary embedding, under the name of transformers 5 or the older one, and their kind."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return parameters, parameters.get("rope_type", parameters.get("type", "default"))
+
+
+def _yarn(config: Config) -> Yarn | None:
+    parameters, kind = _rope(config)
+    if kind != "yarn":
+        return None
+    scale, scale_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    refused = [
+        f"{name}={parameters[name]}"
+        for name, default in (("attention_factor", None), ("truncate", True))
+        if parameters.get(name, default) != default
+    ]
+    if not scale_all and (scale or 1.0) != 1.0:
+        # transformers then takes 1 for both, Megatron and vLLM take it as it is.
+        refused.append(f"mscale={scale} without mscale_all_dim")
+    if refused:
+        raise UnsupportedModel(f"{config['model_type']}: not supported in a yarn embedding: " + "; ".join(refused))
+    return Yarn(
+        factor=float(parameters["factor"]),
+        original_positions=int(parameters["original_max_position_embeddings"]),
+        beta_fast=float(parameters.get("beta_fast") or 32),
+        beta_slow=float(parameters.get("beta_slow") or 1),
+        scale=float(scale or 1.0),
+        scale_all=float(scale_all or 0.0),
+    )
 
 
 def refuse_uncovered(config: Config) -> None:

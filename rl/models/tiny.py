@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
-SPECIAL_TOKENS = (PAD, BOS, EOS)  # ids 0, 1, 2
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-_DEFAULT_TEXTS = ("0123456789 + - * / = ( ) What is the answer?",)
-_VOCABULARY_MULTIPLE = 64
+from rl.models.tiny_tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, place_tokenizer, train_tokenizer
+
+__all__ = [
+    "deepseek_v3",
+    "for_reasoning_gym",
+    "glm4_moe",
+    "llama",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "tensor_names",
+    "train_tokenizer",
+]
 _EXPERTS_FIELD = {
     "qwen3_moe": "num_experts",
     "qwen2_moe": "num_experts",
@@ -63,58 +69,6 @@ def for_reasoning_gym(
         shutil.rmtree(tokenizer)
 
 
-def train_tokenizer(texts: Iterable[str], path: str | Path, vocab_size: int = 320, *, phrases: bool = False) -> Path:
-    """Train a byte-level BPE tokenizer and write it to ``path``.
-
-    Digits are always single tokens, so that arithmetic does not depend on which numbers the texts held.
-    ``<pad>``, ``<bos>``, ``<eos>`` are ids 0, 1, 2; the 256 bytes follow, then merges.
-
-    Args:
-        texts: what the merges are learnt from.
-        path: directory to write to; made when missing.
-        vocab_size: upper limit of the vocabulary, at least 259 (specials and bytes).
-        phrases: let merges run over white space, so that wording that repeats becomes single tokens.
-
-    Raises:
-        ValueError: ``vocab_size`` has no room for specials and bytes.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    smallest = len(SPECIAL_TOKENS) + 256
-    if vocab_size < smallest:
-        raise ValueError(f"vocab_size must be >= {smallest} (3 special tokens and 256 bytes), got {vocab_size}")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not phrases),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=list(SPECIAL_TOKENS),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        clean_up_tokenization_spaces=False,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(path)
-    return path
-
-
 def qwen3_moe(
     path: str | Path,
     *,
@@ -149,7 +103,7 @@ def qwen3_moe(
     """
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    vocabulary = _place_tokenizer(path, tokenizer)
+    vocabulary = place_tokenizer(path, tokenizer)
     config = Qwen3MoeConfig(
         **_trunk(vocabulary, layers, hidden, heads, kv_heads, max_positions, initializer_range),
         head_dim=head_dim,
@@ -188,7 +142,7 @@ def mixtral(
     """
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    vocabulary = _place_tokenizer(path, tokenizer)
+    vocabulary = place_tokenizer(path, tokenizer)
     config = MixtralConfig(
         **_trunk(vocabulary, layers, hidden, heads, kv_heads, max_positions, initializer_range),
         head_dim=hidden // heads,
@@ -220,7 +174,7 @@ def llama(
     """Write a random dense Llama model with its tokenizer to ``path``; arguments as in :func:`qwen3_moe`."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    vocabulary = _place_tokenizer(path, tokenizer)
+    vocabulary = place_tokenizer(path, tokenizer)
     config = LlamaConfig(
         **_trunk(vocabulary, layers, hidden, heads, kv_heads, max_positions, initializer_range),
         head_dim=hidden // heads,
@@ -252,7 +206,7 @@ def qwen2_moe(
     """Write a random Qwen2-MoE model to ``path``: gated shared expert, biases of q, k and v; see :func:`qwen3_moe`."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-    vocabulary = _place_tokenizer(path, tokenizer)
+    vocabulary = place_tokenizer(path, tokenizer)
     config = Qwen2MoeConfig(
         **_trunk(vocabulary, layers, hidden, heads, kv_heads, max_positions, initializer_range),
         intermediate_size=2 * hidden,
@@ -287,7 +241,7 @@ def olmoe(
     """Write a random OLMoE model to ``path``: norms over whole queries and keys; arguments as in :func:`qwen3_moe`."""
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
-    vocabulary = _place_tokenizer(path, tokenizer)
+    vocabulary = place_tokenizer(path, tokenizer)
     trunk = _trunk(vocabulary, layers, hidden, heads, kv_heads, max_positions, initializer_range)
     config = OlmoeConfig(
         **(trunk | {"rms_norm_eps": 1e-5}),
@@ -330,7 +284,7 @@ def glm4_moe(
     """
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-    vocabulary = _place_tokenizer(path, tokenizer)
+    vocabulary = place_tokenizer(path, tokenizer)
     config = Glm4MoeConfig(
         **_trunk(vocabulary, layers, hidden, heads, kv_heads, max_positions, initializer_range),
         **_sigmoid_moe(hidden, experts, topk, moe_intermediate, dense_layers, groups, chosen_groups, scale),
@@ -354,13 +308,14 @@ def deepseek_v3(
     q_rank: int = 48,
     kv_rank: int = 32,
     plain_dim: int = 32,
-    rotary_dim: int = 16,
+    rotary_dim: int = 32,
     value_dim: int = 32,
     moe_intermediate: int = 64,
     dense_layers: int = 1,
     groups: int = 4,
     chosen_groups: int = 2,
     scale: float = 2.5,
+    yarn: Mapping[str, float] | None = None,
     max_positions: int = 8192,
     initializer_range: float = 0.15,
     dtype: str = "float32",
@@ -369,11 +324,14 @@ def deepseek_v3(
     """Write a random DeepSeek-V3 model to ``path``; arguments as in :func:`glm4_moe`.
 
     Args:
-        q_rank, kv_rank, plain_dim, rotary_dim, value_dim: see ``rl.models.architecture.LatentAttention``.
+        q_rank, kv_rank, plain_dim, rotary_dim, value_dim: see ``rl.models.architecture.LatentAttention``. vLLM's CPU
+            backend wants ``plain_dim + rotary_dim`` to be 32, 64, 96 or another of its head sizes.
+        yarn: parameters of a YaRN embedding under the names of the config: ``factor``,
+            ``original_max_position_embeddings`` and others.
     """
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    vocabulary = _place_tokenizer(path, tokenizer)
+    vocabulary = place_tokenizer(path, tokenizer)
     config = DeepseekV3Config(
         **_trunk(vocabulary, layers, hidden, heads, heads, max_positions, initializer_range),
         **_sigmoid_moe(hidden, experts, topk, moe_intermediate, dense_layers, groups, chosen_groups, scale),
@@ -382,6 +340,7 @@ def deepseek_v3(
         qk_nope_head_dim=plain_dim,
         qk_rope_head_dim=rotary_dim,
         v_head_dim=value_dim,
+        rope_parameters={"rope_theta": 10000.0} | ({"rope_type": "yarn", **yarn} if yarn else {"rope_type": "default"}),
     )
     return _save(DeepseekV3ForCausalLM, config, path, dtype, seed, vectors=True)
 
@@ -431,27 +390,6 @@ def _trunk(
     }
 
 
-def _place_tokenizer(path: str | Path, tokenizer: str | Path | None) -> int:
-    """Put a tokenizer into ``path``; returns the vocabulary padded to a multiple of 64 (any TP size divides it)."""
-    path = Path(path)
-    if tokenizer is None:
-        train_tokenizer(_DEFAULT_TEXTS, path, len(SPECIAL_TOKENS) + 256)
-    elif Path(tokenizer).resolve() != path.resolve():
-        path.mkdir(parents=True, exist_ok=True)
-        source = Path(tokenizer)
-        if not (source / "tokenizer.json").is_file():
-            raise FileNotFoundError(
-                f"expected a tokenizer.json in {source}; make one with train_tokenizer(texts, path)"
-            )
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-            if (source / name).is_file():
-                shutil.copy(source / name, path / name)
-    from transformers import AutoTokenizer
-
-    size = len(AutoTokenizer.from_pretrained(path))
-    return -(-size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
-
-
 def _save(model_class: Any, config: Any, path: str | Path, dtype: str, seed: int, *, vectors: bool = False) -> Path:
     """Make and save a model; with ``vectors``, norms and biases are random too, not ones and zeros."""
     import torch
@@ -496,6 +434,8 @@ def _write_published_field_names(path: Path) -> None:
     published = _EXPERTS_FIELD.get(config["model_type"])
     if published and "num_local_experts" in config:
         config[published] = config.pop("num_local_experts")
+    if config["model_type"] == "deepseek_v3":
+        config |= {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
     if "num_mtp_layers" in config:
         config["num_nextn_predict_layers"] = config.pop("num_mtp_layers")
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]

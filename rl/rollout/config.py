@@ -136,6 +136,9 @@ def engine_environment(device: Device = "cpu") -> dict[str, str]:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",
             "TORCH_COMPILE_DISABLE": "1",
+            # vLLM's CPU kernels of latent attention hold one size (512 + 64) and no prefix cache, which routes need:
+            # keys and values of every head are cached instead.
+            "VLLM_MLA_DISABLE": "1",
         }
     return environment
 

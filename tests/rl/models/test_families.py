@@ -21,9 +21,13 @@ from tests.rl.training.balancing import BALANCE, merge_steps, several_steps
 from tests.rl.training.common import make_worker, worst
 
 FAMILIES = {
-    "qwen2_moe": lambda path, seed: tiny.qwen2_moe(path, seed=seed, hidden=128, heads=4, kv_heads=2, mlp_only_layers=(1,)),
+    "qwen2_moe": lambda path, seed: tiny.qwen2_moe(
+        path, seed=seed, hidden=128, heads=4, kv_heads=2, mlp_only_layers=(1,)
+    ),
     "olmoe": lambda path, seed: tiny.olmoe(path, seed=seed),
-    "glm4_moe": lambda path, seed: tiny.glm4_moe(path, seed=seed, heads=4, kv_heads=2, topk=4, groups=4, chosen_groups=2),
+    "glm4_moe": lambda path, seed: tiny.glm4_moe(
+        path, seed=seed, heads=4, kv_heads=2, topk=4, groups=4, chosen_groups=2
+    ),
     "deepseek_v3": lambda path, seed: tiny.deepseek_v3(path, seed=seed),
 }
 MOE_LAYERS = {"qwen2_moe": (0, 2, 3), "olmoe": (0, 1, 2, 3), "glm4_moe": (1, 2, 3), "deepseek_v3": (1, 2, 3)}

@@ -3,11 +3,12 @@
 import itertools
 
 import pytest
+import torch
 
 from rl.models import tiny
 from rl.models.architecture import architecture, read_architecture
-from rl.models.names import logical
-from tests.rl.models.test_architecture import LLAMA, MIXTRAL, QWEN3_MOE
+from rl.models.names import is_kept, logical, sent_dtype
+from tests.rl.models.test_architecture import DEEPSEEK_V3, GLM4_MOE, LLAMA, MIXTRAL, QWEN3_MOE
 
 QWEN, DENSE, MIX = architecture(QWEN3_MOE), architecture(LLAMA), architecture(MIXTRAL)
 
@@ -38,6 +39,15 @@ def test_experts_are_named_by_who_they_are_not_where(spelling):
     assert (second.kind, second.tp_dim, second.expert) == ("plain", 1, 6)
 
 
+def test_router_biases_are_kept_and_sent_in_float32():
+    assert is_kept("decoder.layers.0.mlp.router.expert_bias")
+    assert not is_kept("decoder.layers.0.mlp.router.local_tokens_per_expert")
+    entry = find("decoder.layers.1.mlp.router.expert_bias", architecture(GLM4_MOE))
+    assert (entry.hf, entry.tp_dim) == (("model.layers.3.mlp.gate.e_score_correction_bias",), None)
+    assert sent_dtype(entry.hf[0], torch.bfloat16) == torch.float32
+    assert sent_dtype("model.layers.3.mlp.gate.weight", torch.bfloat16) == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("local", "transformer_engine"),
     [
@@ -47,6 +57,14 @@ def test_experts_are_named_by_who_they_are_not_where(spelling):
 )
 def test_norms_that_transformer_engine_fuses(local, transformer_engine):
     assert find(f"decoder.layers.0.{local}", DENSE) == find(f"decoder.layers.0.{transformer_engine}", DENSE)
+
+
+def test_norms_of_latents_that_transformer_engine_fuses():
+    arch = architecture(DEEPSEEK_V3)
+    for latent in ("q", "kv"):
+        local = find(f"decoder.layers.0.self_attention.{latent}_layernorm.weight", arch)
+        assert local == find(f"decoder.layers.0.self_attention.linear_{latent}_up_proj.layer_norm_weight", arch)
+        assert local.hf == (f"model.layers.2.self_attn.{latent}_a_layernorm.weight",)
 
 
 @pytest.mark.parametrize("name", ["decoder.layers.0.mlp.shared_experts.linear_fc1.weight", "lm_head.bias"])
@@ -59,24 +77,44 @@ MAKERS = {
     "qwen3_moe": lambda path: tiny.qwen3_moe(path, mlp_only_layers=[1], layers=2),
     "mixtral": lambda path: tiny.mixtral(path, layers=2),
     "llama": lambda path: tiny.llama(path, layers=2, tie_word_embeddings=True),
+    "qwen2_moe": lambda path: tiny.qwen2_moe(path, layers=2),
+    "olmoe": lambda path: tiny.olmoe(path, layers=2),
+    "glm4_moe": lambda path: tiny.glm4_moe(path, layers=2),
+    "deepseek_v3": lambda path: tiny.deepseek_v3(path, layers=2),
 }
+LATENT = ["q_down_proj", "q_up_proj", "kv_down_proj", "kv_up_proj"]
+
+
+def in_layer(arch, moe):
+    """Megatron's names in one layer, as its local modules spell them."""
+    linear = [f"linear_{name}" for name in LATENT] if arch.latent else ["linear_qkv"]
+    names = [f"self_attention.{name}.weight" for name in [*linear, "linear_proj"]]
+    names += ["input_layernorm.weight", "pre_mlp_layernorm.weight"]
+    if arch.qk_norm:
+        norms = ["q_layernorm", "kv_layernorm" if arch.latent else "k_layernorm"]
+        names += [f"self_attention.{name}.weight" for name in norms]
+    if arch.attention_bias:
+        names.append("self_attention.linear_qkv.bias")
+    if not moe:
+        return [*names, "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
+    experts = itertools.product(range(arch.experts), (1, 2))
+    names += ["mlp.router.weight", *(f"mlp.experts.local_experts.{e}.linear_fc{i}.weight" for e, i in experts)]
+    if arch.routing.scores == "sigmoid":
+        names.append("mlp.router.expert_bias")
+    if arch.shared_ffn:
+        names += [f"mlp.shared_experts.linear_fc{i}.weight" for i in (1, 2)]
+    if arch.shared_gate:
+        names.append("mlp.shared_experts.gate_weight")
+    return names
 
 
 @pytest.mark.parametrize("family", MAKERS)
 def test_every_tensor_of_a_directory_is_named_once(tmp_path, family):
     directory = MAKERS[family](tmp_path / "m")
     arch = read_architecture(directory)
-    attention = ["input_layernorm", "self_attention.linear_qkv", "self_attention.linear_proj", "pre_mlp_layernorm"]
-    if arch.qk_norm:
-        attention += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
     names = ["embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight"]
     for layer in range(arch.layers):
-        if layer in arch.moe_layers:
-            experts = itertools.product(range(arch.experts), (1, 2))
-            mlp = ["mlp.router"] + [f"mlp.experts.local_experts.{e}.linear_fc{i}" for e, i in experts]
-        else:
-            mlp = ["mlp.linear_fc1", "mlp.linear_fc2"]
-        names += [f"decoder.layers.{layer}.{rest}.weight" for rest in attention + mlp]
+        names += [f"decoder.layers.{layer}.{rest}" for rest in in_layer(arch, layer in arch.moe_layers)]
     found = [logical(n, arch, layer_of={0: 0, 1: 1}, experts=tuple(range(arch.experts))) for n in names]
     entries = [e for e in found if e is not None]
     assert sorted(hf for e in entries for hf in e.hf) == tiny.tensor_names(directory)

@@ -17,6 +17,11 @@ from rl.models.weights import load_weights
 from tests.ranks import RankError
 
 LENGTHS = (17, 5, 40)
+# Short enough that positions of the sequences are stretched.
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32, "beta_slow": 1} | {
+    "mscale": 0.8,
+    "mscale_all_dim": 1.2,
+}
 MODELS = {
     "qwen3_moe": lambda path: tiny.qwen3_moe(path, seed=1),
     "qwen3_moe dense layers": lambda path: tiny.qwen3_moe(path, seed=2, mlp_only_layers=[0, 2]),
@@ -30,6 +35,7 @@ MODELS = {
     "glm4_moe air": lambda path: tiny.glm4_moe(path, seed=12, heads=4, kv_heads=2, use_qk_norm=False),
     "deepseek_v3": lambda path: tiny.deepseek_v3(path, seed=13),
     "deepseek_v3 two dense layers": lambda path: tiny.deepseek_v3(path, seed=14, dense_layers=2),
+    "deepseek_v3 yarn": lambda path: tiny.deepseek_v3(path, seed=15, yarn=YARN),
     "llama": lambda path: tiny.llama(path, seed=6, heads=4, kv_heads=2),
     "llama tied": lambda path: tiny.llama(path, seed=7, heads=4, kv_heads=2, tie_word_embeddings=True),
 }

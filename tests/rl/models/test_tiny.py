@@ -64,7 +64,18 @@ def test_weights_depend_on_the_seed_only(tmp_path: Path) -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("make", [tiny.qwen3_moe, tiny.mixtral, tiny.llama])
+def test_norms_and_biases_of_the_wider_families_are_random(tmp_path: Path) -> None:
+    """Ones and zeros would hide that one of them was not loaded."""
+    from safetensors.torch import load_file
+
+    for make in (tiny.qwen2_moe, tiny.olmoe, tiny.glm4_moe, tiny.deepseek_v3):
+        for name, tensor in load_file(make(tmp_path / make.__name__, layers=2) / "model.safetensors").items():
+            assert tensor.std() > 1e-3, name
+
+
+@pytest.mark.parametrize(
+    "make", [tiny.qwen3_moe, tiny.mixtral, tiny.llama, tiny.qwen2_moe, tiny.olmoe, tiny.glm4_moe, tiny.deepseek_v3]
+)
 def test_transformers_loads_what_was_made(make, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -47,4 +47,5 @@ def test_environment_of_cpu_engines_has_no_compiler_and_one_process() -> None:
     cpu = engine_environment("cpu")
     assert cpu["TORCH_COMPILE_DISABLE"] == "1"
     assert cpu["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-    assert "TORCH_COMPILE_DISABLE" not in engine_environment("cuda")
+    assert cpu["VLLM_MLA_DISABLE"] == "1"
+    assert not {"TORCH_COMPILE_DISABLE", "VLLM_MLA_DISABLE"} & set(engine_environment("cuda"))
