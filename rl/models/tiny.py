@@ -28,6 +28,7 @@ __all__ = [
     "tensor_names",
     "train_tokenizer",
 ]
+_ROUTER_BIAS = "e_score_correction_bias"
 _EXPERTS_FIELD = {
     "qwen3_moe": "num_experts",
     "qwen2_moe": "num_experts",
@@ -401,7 +402,11 @@ def _save(model_class: Any, config: Any, path: str | Path, dtype: str, seed: int
         model = model_class(config)
         if vectors:
             _draw_vectors(model)
+        biases = {n: b.clone() for n, b in model.named_buffers() if n.endswith(_ROUTER_BIAS)}
         model = model.to(getattr(torch, dtype))
+        for name, buffer in model.named_buffers():
+            if name in biases:  # float32 in published models of any dtype
+                buffer.data = biases[name]
     finally:
         torch.random.set_rng_state(generator_state)
     path = Path(path)
@@ -423,7 +428,7 @@ def _draw_vectors(model: Any) -> None:
 
     with torch.no_grad():
         for name, vector in [*model.named_parameters(), *model.named_buffers()]:
-            if vector.dim() == 1 and name.endswith((".weight", ".bias", "e_score_correction_bias")):
+            if vector.dim() == 1 and name.endswith((".weight", ".bias", _ROUTER_BIAS)):
                 vector += 0.1 * torch.randn(vector.shape)
 
 

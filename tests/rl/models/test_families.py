@@ -19,6 +19,7 @@ from tests.rl.models.test_weights import load_and_save
 from tests.rl.rollout.engine_process import EngineProcess
 from tests.rl.training.balancing import BALANCE, merge_steps, several_steps
 from tests.rl.training.common import make_worker, worst
+from tests.rl.training.test_checkpoint import merged, train
 
 FAMILIES = {
     "qwen2_moe": lambda path, seed: tiny.qwen2_moe(
@@ -123,6 +124,18 @@ def test_a_balanced_step_with_replay_equals_stock(ranks, directories, family):
     assert set(balanced["weights"]) == set(stored)
     frozen = [n for n in stored if np.array_equal(balanced["weights"][n], stored[n].double().numpy())]
     assert frozen == [n for n in stored if n.endswith("e_score_correction_bias")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(ranks, directories, tmp_path, family):
+    directory = str(directories[family][0])
+    whole, _ = merged(ranks(2).run(train, directory, {"ep": 2}, range(3)))
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    ranks(2).run(train, directory, {"ep": 2}, range(2), save=(1, str(path)))
+    resumed, _ = merged(ranks(2).run(train, directory, {"ep": 2}, range(2, 3), load=str(path)))
+    assert worst(resumed, whole) == 0
 
 
 @pytest.mark.slow
