@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from rl.models import tiny
-from rl.models.weights import holdings
+from rl.models.weights import copy_weights, export_weights, holdings, load_weights
 from rl.rollout.config import EngineConfig, Sampling
 from rl.types import Prompt, Sample
 from tests.rl.models.test_hf_files import contents
-from tests.rl.models.test_weights import load_and_save
+from tests.rl.models.test_weights import build, load_and_save
 from tests.rl.rollout.engine_process import EngineProcess
 from tests.rl.training.balancing import BALANCE, merge_steps, several_steps
 from tests.rl.training.common import make_worker, worst
@@ -107,6 +107,24 @@ def test_router_biases_stay_float32(ranks, directories):
         assert dtype == ("torch.float32" if bias else "torch.bfloat16"), name
         if bias:
             assert np.array_equal(values, stored[name].double().numpy())
+
+
+def copied(directory: str) -> dict[str, np.ndarray]:
+    """What one rank exports of a model that was given another's weights."""
+    source, target = (build(directory, {"ep": 2}, "bfloat16") for _ in range(2))
+    load_weights(source, directory)
+    copy_weights(source, target)
+    return {n: t.double().numpy().copy() for n, t in export_weights(target)}
+
+
+def test_router_biases_are_copied_to_other_models_in_float32(ranks, directories):
+    directory = directories["deepseek_v3"][0]
+    stored = load_file(directory / "model.safetensors")
+    got = {n: values for one in ranks(2).run(copied, str(directory)) for n, values in one.items()}
+    assert sorted(got) == sorted(stored)
+    for name, values in got.items():
+        dtype = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
+        assert np.array_equal(values, stored[name].to(dtype).double().numpy()), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
