@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +33,20 @@ FAMILIES = {
     ),
     "deepseek_v3": lambda path, seed: tiny.deepseek_v3(path, seed=seed),
 }
+ENGINES = FAMILIES | {
+    "deepseek_v3 yarn": lambda path, seed: tiny.deepseek_v3(
+        path,
+        seed=seed,
+        yarn={"factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.8, "mscale_all_dim": 1.2},
+    )
+}
 MOE_LAYERS = {"qwen2_moe": (0, 2, 3), "olmoe": (0, 1, 2, 3), "glm4_moe": (1, 2, 3), "deepseek_v3": (1, 2, 3)}
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     root = tmp_path_factory.mktemp("families")
-    return {name: (make(root / name, 1), make(root / f"{name}2", 2)) for name, make in FAMILIES.items()}
+    return {name: (make(root / name, 1), make(root / f"{name}2", 2)) for name, make in ENGINES.items()}
 
 
 def transformers_choose(path: Path, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -156,22 +165,41 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(ranks, directories, tm
     assert worst(resumed, whole) == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_engines_return_routes_and_take_weights(directories, family):
+@pytest.fixture(scope="module")
+def engine_of(directories) -> Iterator[Callable[[str], EngineProcess]]:
+    """Starts an engine of a family's first directory; one process serves them all, one after the other."""
+    with contextlib.ExitStack() as stack:
+        processes: list[EngineProcess] = []
+
+        def start(family: str) -> EngineProcess:
+            config = EngineConfig(
+                str(directories[family][0]),
+                max_model_len=256,
+                max_num_seqs=8,
+                kv_cache_memory_bytes=1 << 24,
+                max_num_batched_tokens=256,
+            )
+            if processes:
+                processes[0].info = processes[0].call("replace", config, timeout=300.0)
+            else:
+                processes.append(stack.enter_context(EngineProcess(config)))
+            return processes[0]
+
+        yield start
+
+
+@pytest.mark.parametrize("family", ENGINES)
+def test_engines_return_routes_and_take_weights(directories, engine_of, family):
     """What vLLM sampled and where it routed, before and after an update in place, is what transformers computes."""
     first, second = directories[family]
-    config = EngineConfig(
-        str(first), max_model_len=256, max_num_seqs=8, kv_cache_memory_bytes=1 << 24, max_num_batched_tokens=256
-    )
     tokens = np.random.default_rng(0).integers(3, 200, 37).astype(np.int32)
-    with EngineProcess(config) as engine:
-        assert engine.info.moe_layers == MOE_LAYERS[family]
-        for path in (first, second):
-            if path is second:
-                engine.call("update_weights", 1, chunks_of(second))
-            samples = engine.call(
-                "generate", Prompt("p", 0, 0, "", tokens), ["a", "b"], Sampling(24, temperature=1.0, ignore_eos=True), 0
-            )
-            for sample in samples:
-                assert_equals_transformers(sample, path)
+    engine = engine_of(family)
+    assert engine.info.moe_layers == MOE_LAYERS[family.split()[0]]
+    for path in (first, second):
+        if path is second:
+            engine.call("update_weights", 1, chunks_of(second))
+        samples = engine.call(
+            "generate", Prompt("p", 0, 0, "", tokens), ["a", "b"], Sampling(24, temperature=1.0, ignore_eos=True), 0
+        )
+        for sample in samples:
+            assert_equals_transformers(sample, path)

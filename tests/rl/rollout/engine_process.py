@@ -94,8 +94,16 @@ class Helpers:
     """What tests do inside the engine's process beyond the engine's own methods."""
 
     def __init__(self, engine: Any) -> None:
-        self._engine = engine
+        self.engine = engine
         self._preemptions = 0
+
+    async def replace(self, config: EngineConfig) -> Any:
+        """Stop the engine and start one of another model, which spares a process and its imports; returns its info."""
+        from rl.rollout.engine import RolloutEngine
+
+        await self.engine.stop()
+        self.engine = RolloutEngine(config)
+        return await self.engine.start()
 
     async def count_preemptions(self) -> None:
         """From now on, :meth:`preemptions` counts."""
@@ -110,7 +118,7 @@ class Helpers:
 
             scheduler._preempt_request = preempt
 
-        await asyncio.wrap_future(self._engine._thread.call(wrap))
+        await asyncio.wrap_future(self.engine._thread.call(wrap))
 
     async def preemptions(self) -> int:
         return self._preemptions
@@ -141,19 +149,18 @@ class Helpers:
 
             vllm.step = step
 
-        await asyncio.wrap_future(self._engine._thread.call(wrap))
+        await asyncio.wrap_future(self.engine._thread.call(wrap))
 
 
 async def _serve(connection: Connection) -> None:
     from rl.rollout.engine import RolloutEngine
 
-    engine = RolloutEngine(_receive(connection))
-    helpers = Helpers(engine)
+    helpers = Helpers(RolloutEngine(_receive(connection)))
     tasks = set()
 
     async def answer(number: int, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
-            result = getattr(helpers if hasattr(helpers, method) else engine, method)(*args, **kwargs)
+            result = getattr(helpers if hasattr(helpers, method) else helpers.engine, method)(*args, **kwargs)
             value, error = await result if asyncio.iscoroutine(result) else result, None
         except Exception as caught:
             # The exception's type and message; causes may not pickle.
@@ -165,7 +172,7 @@ async def _serve(connection: Connection) -> None:
         task = asyncio.create_task(answer(*message))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
-    await engine.stop()
+    await helpers.engine.stop()
 
 
 if __name__ == "__main__":
