@@ -23,6 +23,7 @@ from typer.core import TyperCommand
 from rl import placement, versions
 from rl.config import ConfigError, RunConfig, Violation, describe, load, to_yaml
 from rl.ledger import LedgerError, ResumeError
+from rl.orchestration.fit import check_model
 
 OK, FAILED, USAGE, THRESHOLDS, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -84,12 +85,14 @@ def train(
         config = load(config_file, [*(overrides or []), *flags])
         if dry_run:
             _print_plan(config)
+            _check_model(config)
             return
         config, resume_directory = _resolve_resume(config, resume)
         versions.check(config.allow_untested, _device(config))
         missing = list(_missing_files(config))
         if missing:
             raise ConfigError(str(config_file), missing)
+        _check_model(config)
     except (ConfigError, versions.UntestedVersionError) as error:
         _stop(USAGE, str(error))
     raise typer.Exit(_run(config, resume_directory))
@@ -258,6 +261,16 @@ def _missing_files(config: RunConfig) -> Iterator[Violation]:
         for file in (source.files or ()) if source is not None else ():
             if not file.is_file():
                 yield Violation(f"data.{name}.files", f"expected a file, found none at {file}; correct the path.")
+
+
+def _check_model(config: RunConfig) -> None:
+    """Refuse a model that is there already and cannot be trained as configured.
+
+    Raises:
+        ConfigError: naming all that does not fit.
+    """
+    if (config.model.path / "config.json").is_file():
+        check_model(config)
 
 
 def _device(config: RunConfig) -> versions.Device:

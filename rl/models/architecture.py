@@ -135,6 +135,11 @@ class Architecture:
     def is_moe(self) -> bool:
         return bool(self.moe_layers)
 
+    @property
+    def tensor_parallel(self) -> bool:
+        """Whether its attention may be cut: latents were not tested, norms over all heads need all heads."""
+        return self.latent is None and not self.qk_norm_whole
+
     def moe_layer_of(self) -> dict[int, int]:
         """Index among the MoE layers, by Megatron's 1-based layer number."""
         return {layer + 1: i for i, layer in enumerate(self.moe_layers)}
@@ -149,18 +154,35 @@ def read_architecture(directory: str | Path) -> Architecture:
 
     Raises:
         FileNotFoundError: no ``config.json``.
-        UnsupportedModel: a family or feature that is not covered.
+        UnsupportedModel: a family or feature that is not covered, or a file that is no model's config.
     """
     path = Path(directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"expected a Hugging Face model directory with a config.json, found none in {directory}"
         )
-    return architecture(json.loads(path.read_text()))
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UnsupportedModel(f"expected JSON in {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise UnsupportedModel(f"expected an object in {path}, found {type(config).__name__}")
+    return architecture(config)
 
 
 def architecture(config: dict[str, Any]) -> Architecture:
-    """The architecture that a Hugging Face config (as a dict) describes."""
+    """The architecture that a Hugging Face config (as a dict) describes.
+
+    Raises:
+        UnsupportedModel: a family or feature that is not covered, or a field that the family's configs have is missing.
+    """
+    try:
+        return _architecture(config)
+    except KeyError as error:
+        raise UnsupportedModel(f"{config.get('model_type')}: config.json has no {error.args[0]}") from error
+
+
+def _architecture(config: dict[str, Any]) -> Architecture:
     from rl.models import families
 
     family = config.get("model_type")

@@ -80,7 +80,7 @@ def check_layout(arch: Architecture, groups: ModelGroups) -> None:
     if arch.is_moe and layout.tp > 1 and layout.etp == 1 and layout.ep == 1:
         # Megatron-core 0.16 reduces such experts over the dense data-parallel group: their gradients are wrong.
         wrong.append(f"tp={layout.tp} with ep=1 needs etp={layout.tp} (or ep > 1)")
-    if layout.tp > 1 and (arch.latent or arch.qk_norm_whole):
+    if layout.tp > 1 and not arch.tensor_parallel:
         wrong.append(f"tp={layout.tp} is not tested with {arch.family}'s attention: set it to 1")
     chunks = layout.pp * (layout.vpp or 1)
     if arch.layers % chunks:

@@ -17,7 +17,8 @@ _OLMOE_NORM_EPS = 1e-5
 
 def _experts(config: Config) -> int:
     # transformers 5 saves each family's name as num_local_experts
-    return int(next(config[n] for n in ("num_experts", "n_routed_experts", "num_local_experts") if n in config))
+    names = ("num_experts", "n_routed_experts", "num_local_experts")
+    return int(config[next((name for name in names if name in config), names[0])])
 
 
 def _sparse_layers(config: Config, layers: int) -> tuple[int, ...]:

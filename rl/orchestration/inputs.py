@@ -23,7 +23,6 @@ from rl.data.sources import (
 )
 from rl.data.supervised import SupervisedExample, sft_examples
 from rl.files import write_json_lines
-from rl.models.architecture import Architecture
 from rl.rewards.loading import label_check
 
 
@@ -189,46 +188,3 @@ def stop_token_ids(config: RunConfig, tokenizer: Any) -> tuple[int, ...]:
             raise ConfigError("sampling.stop", [Violation("sampling.stop", message)])
         ids.append(int(encoded[0]))
     return tuple(ids)
-
-
-def check_against_model(config: RunConfig, arch: Architecture) -> None:
-    """What only the model can show to be wrong, all at once."""
-    violations = []
-
-    def demand(ok: bool, path: str, message: str) -> None:
-        if not ok:
-            violations.append(Violation(path, message))
-
-    if not arch.is_moe:
-        demand(
-            not config.rollout.capture_routes, "rollout.capture_routes", "a dense model has no routes; set it to false."
-        )
-    # Models with a directory of their own are checked by the ranks that build them.
-    elsewhere = {"reward.model.parallel"}
-    if config.critic is not None and config.critic.model_path is not None:
-        elsewhere.add("critic.parallel")
-    for path, p in config.layouts.items():
-        if path in elsewhere:
-            continue
-        chunks = p.pp * p.vpp
-        demand(
-            arch.layers % chunks == 0,
-            f"{path}.pp",
-            f"pp*vpp = {chunks} must divide the model's {arch.layers} layers.",
-        )
-        demand(
-            arch.heads % p.tp == 0 and arch.kv_heads % p.tp == 0,
-            f"{path}.tp",
-            f"must divide {arch.heads} attention heads and {arch.kv_heads} key/value heads, came {p.tp}.",
-        )
-        if arch.is_moe:
-            demand(arch.experts % p.ep == 0, f"{path}.ep", f"must divide {arch.experts} experts, came {p.ep}.")
-        else:
-            demand(p.ep == 1 and p.etp == 1, f"{path}.ep", "a dense model has no experts; set ep and etp to 1.")
-    demand(
-        config.rollout.max_model_len <= arch.max_positions,
-        "rollout.max_model_len",
-        f"the model is made for {arch.max_positions} positions, came {config.rollout.max_model_len}; lower it.",
-    )
-    if violations:
-        raise ConfigError(str(config.model.path), violations)

@@ -23,14 +23,15 @@ from rl.data.dataset import Cursor
 from rl.evaluation import drop_evals_after
 from rl.ledger import Ledger
 from rl.metrics import MetricLogger
-from rl.models.architecture import Architecture, read_architecture
+from rl.models.architecture import Architecture
 from rl.orchestration.actors import start_actors, start_service
 from rl.orchestration.ahead import Ahead
 from rl.orchestration.elastic import Elastic
 from rl.orchestration.experience import Packing, with_length
 from rl.orchestration.feed import Feed
+from rl.orchestration.fit import check_model
 from rl.orchestration.fused import FusedTraining
-from rl.orchestration.inputs import Data, check_against_model, load_data, load_tokenizer, make_model, stop_token_ids
+from rl.orchestration.inputs import Data, load_data, load_tokenizer, make_model, stop_token_ids
 from rl.orchestration.ray_instance import ray_instance
 from rl.orchestration.staleness import StalenessAccountant
 from rl.orchestration.transfer import WeightTransfer, send_weights
@@ -337,8 +338,7 @@ def open_run(config: RunConfig, resume: Path | None) -> Iterator[Run]:
         ConfigError: what only the model or the data can show to be wrong.
     """
     make_model(config)
-    arch = read_architecture(config.model.path)
-    check_against_model(config, arch)
+    arch = check_model(config)
     tokenizer = load_tokenizer(config.model.path)
     data = load_data(config, tokenizer)
     reward = RewardRunner(

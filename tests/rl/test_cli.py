@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 import time
@@ -11,8 +12,11 @@ from rl import cli, versions
 from rl.config import ConfigError, from_dict, to_dict
 from rl.evaluation import write_eval
 from rl.ledger import Ledger, LedgerError, ResumeError
+from tests.rl.models.test_architecture import DEEPSEEK_V3, OLMOE, QWEN3_MOE
 from tests.rl.test_config import BASE, changed
 from tests.rl.test_evaluation import make_sample
+
+MODEL = QWEN3_MOE | {"max_position_embeddings": 8192}
 
 
 @pytest.fixture
@@ -21,7 +25,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(versions, "untested", lambda device: [])
     (tmp_path / "models" / "tiny").mkdir(parents=True)
-    (tmp_path / "models" / "tiny" / "config.json").write_text("{}")
+    (tmp_path / "models" / "tiny" / "config.json").write_text(json.dumps(MODEL))
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(BASE))
     loop = types.ModuleType("rl.orchestration.sync")
 
@@ -171,8 +175,41 @@ def test_dry_run_prints_what_can_be_loaded_again(run, tmp_path, monkeypatch):
     assert run("train", "c.yaml", "--dry-run", "run.sed=1").exit_code == 2
 
 
+@pytest.mark.parametrize("flag", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("model", "overrides", "said"),
+    [
+        (
+            DEEPSEEK_V3 | {"num_nextn_predict_layers": 1},
+            [],
+            "model.path: deepseek_v3: not supported: multi-token-predict",
+        ),
+        (
+            DEEPSEEK_V3 | {"quantization_config": {"quant_method": "fp8"}},
+            [],
+            "quantized checkpoint (convert it to bf16",
+        ),
+        ({"model_type": "gpt2"}, [], "model.path: model_type 'gpt2' is not supported; supported: qwen3_moe"),
+        ({"model_type": "glm4_moe"}, [], "model.path: glm4_moe: config.json has no num_hidden_layers"),
+        (
+            OLMOE,
+            ["trainer.ranks=2", "trainer.parallel.tp=2", "trainer.parallel.ep=2", "trainer.sequence_parallel=true"],
+            "trainer.parallel.tp: tensor parallelism is not tested with the attention of olmoe, came 2; set it to 1",
+        ),
+        (QWEN3_MOE, ["rollout.max_model_len=4096"], "rollout.max_model_len: the model is made for 512 positions"),
+    ],
+)
+def test_models_that_cannot_be_trained_are_refused(run, tmp_path, flag, model, overrides, said):
+    (tmp_path / "models" / "tiny" / "config.json").write_text(json.dumps(model))
+    result = run("train", "c.yaml", *flag, *overrides)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert run.calls == []
+
+
 def test_dry_run_is_fast_and_imports_nothing_heavy(tmp_path):
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(BASE))
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(changed(("model.path", str(tmp_path)))))
     script = (
         "import sys, rl.cli\n"
         "try: rl.cli.app(['train', sys.argv[1], '--dry-run'])\n"

@@ -28,6 +28,7 @@ def test_a_balanced_run(tmp_path, family):
         run__steps=STEPS,
         model__create=f"rl.models.tiny:{family}",
         model__create_args=FAMILIES[family],
+        reward__path="tests.rl.orchestration.rewards:of_tokens",
         balance={"enabled": True, "gate": False, "min_tokens": 1, "tolerance": 0.0},
     )
     command = Command(config)

@@ -1,4 +1,4 @@
-"""The guards of the patches; what the patches do is seen in ``test_engine.py`` and ``tests/rl/models/test_families.py``."""
+"""The guards of the patches; that they do their work is seen in ``test_engine.py`` and in the models' tests."""
 
 import pytest
 
