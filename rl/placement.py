@@ -99,6 +99,7 @@ def render(config: RunConfig) -> str:
     header = f"{'trainer rank':>12}  {'tp':>3} {'pp':>3} {'dp':>3} {'etp':>4} {'ep':>3} {'edp':>4}  runs on"
     rows = [
         f"{r.rank:>12}  {r.tp:>3} {r.pp:>3} {r.dp:>3} {r.etp:>4} {r.ep:>3} {r.edp:>4}  1 {device} ({trainer.backend})"
+        + (f", node {r.rank // trainer.ranks_per_node}" if trainer.ranks_per_node is not None else "")
         for r in placement.ranks
     ]
     engine_device = "GPU" if rollout.device == "cuda" else "CPU"

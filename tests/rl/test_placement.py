@@ -62,3 +62,10 @@ def test_render():
     assert "runs/smoke" in text
     joined = placement.render(from_dict(changed(("ray.address", "host:6379"))))
     assert "joins the cluster at host:6379" in joined
+
+
+def test_render_names_the_node_of_a_rank():
+    config = from_dict(changed(("trainer.ranks", 4), ("trainer.ranks_per_node", 2)))
+    rows = [line for line in placement.render(config).split("\n") if "(gloo)" in line]
+    assert [row.rpartition(", node ")[2] for row in rows] == ["0", "0", "1", "1"]
+    assert ", node " not in placement.render(from_dict(changed()))
