@@ -213,4 +213,10 @@ def _architecture(config: dict[str, Any]) -> Architecture:
         "max_positions": int(config["max_position_embeddings"]),
         "dtype": str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"),
     }
-    return Architecture(**(fields | families.OF_FAMILY[family](config, layers)))
+    found = Architecture(**(fields | families.OF_FAMILY[family](config, layers)))
+    if found.topk == 1 and found.normalize_topk:
+        raise UnsupportedModel(
+            f"{family}: one expert a token (top-1) whose probability is renormalised is not supported: it is always 1, so "
+            "nothing would be learnt about routing, and Megatron-core refuses it; choose top-2 or more"
+        )
+    return found

@@ -214,6 +214,7 @@ def test_configs_as_transformers_writes_them(tmp_path, config_class):
         (LLAMA | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type 'yarn'"),
         (MIXTRAL | {"sliding_window": 128}, "sliding_window=128; set it to null"),
         (QWEN3_MOE | {"sliding_window": 128, "use_sliding_window": True}, "sliding-window attention"),
+        (MIXTRAL | {"num_experts_per_tok": 1}, r"mixtral: one expert a token \(top-1\) .* choose top-2 or more"),
         (QWEN3_MOE | {"num_nextn_predict_layers": 1}, "multi-token-prediction heads"),
         (LLAMA | {"hidden_act": "gelu", "mlp_bias": True}, "hidden_act .*; biases in the MLP"),
         (OLMOE | {"clip_qkv": 8.0}, "olmoe: clip_qkv=8.0 is not supported"),
