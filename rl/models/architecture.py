@@ -216,7 +216,7 @@ def _architecture(config: dict[str, Any]) -> Architecture:
     found = Architecture(**(fields | families.OF_FAMILY[family](config, layers)))
     if found.topk == 1 and found.normalize_topk:
         raise UnsupportedModel(
-            f"{family}: one expert a token (top-1) whose probability is renormalised is not supported: it is always 1, so "
-            "nothing would be learnt about routing, and Megatron-core refuses it; choose top-2 or more"
+            f"{family}: one expert a token (top-1) whose probability is renormalised is not supported: it is always 1, "
+            "so nothing would be learnt about routing, and Megatron-core refuses it; choose top-2 or more"
         )
     return found
