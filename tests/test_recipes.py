@@ -1,17 +1,24 @@
 """Every recipe is valid; the smoke recipe does what it promises, and its control does nothing."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from rl.cli import app
 from rl.config import load
 from rl.evaluation import eval_files, read_eval, summarize
 from rl.metrics import read_metrics
+from rl.placement import place
+from rl.planning.plan import make_plan, read_dimensions
+from rl.planning.render import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+PLANNED = [path for path in RECIPES if "Planned only" in path.read_text()]
 
 
 def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -26,11 +33,49 @@ def command(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
-def test_dry_run(recipe):
-    load(recipe)
-    result = command("train", str(recipe), "--dry-run")
+def test_dry_run(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = CliRunner().invoke(app, ["train", str(recipe), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "trainer rank" in result.stdout
+
+
+def test_dry_run_as_a_command():
+    result = command("train", "recipes/smoke.yaml", "--dry-run")
     assert result.returncode == 0, result.stderr
-    assert "rank" in result.stdout
+    assert "trainer rank" in result.stdout
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_head_says_what_was_run(recipe):
+    head = recipe.read_text().split("\nrun:")[0]
+    assert re.search(r"^# (Run as it is|Planned only: not run|Not run)", head, re.MULTILINE), head
+
+
+@pytest.mark.parametrize("recipe", PLANNED, ids=lambda path: path.name)
+def test_plan_is_that_of_the_head(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load(recipe)
+    plan = make_plan(config, read_dimensions(config))
+    assert plan.fits, plan.over
+    head = recipe.read_text().split("\nrun:")[0]
+    assert f"# {summary(plan)}" in head.split("\n"), f"expected the plan's figures in the head: # {summary(plan)}"
+    # What is refused today is said, so that nobody waits in a queue for it.
+    assert all(sentence.split(":")[0].split(" = ")[0] in head for sentence in plan.refused)
+    assert config.plan.dimensions is not None
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_batch_file_of_the_same_name(recipe):
+    text = recipe.with_suffix(".sbatch").read_text()
+    assert re.search(rf"^exec scripts/slurm/launch\.sh recipes/{re.escape(recipe.name)} .*\"\$@\"$", text, re.MULTILINE)
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", text, re.MULTILINE))
+    config = load(recipe)
+    gpus = int(options["nodes"]) * int(options.get("gpus-per-node", 0))
+    assert gpus >= place(config).ray_gpus
+    assert gpus < place(config).ray_gpus + config.plan.gpus_per_node, "a node is idle"
+    assert {"time", "signal", "output"} <= options.keys()
+    assert "#SBATCH --requeue" in text
 
 
 def accuracies(directory):

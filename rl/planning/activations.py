@@ -113,9 +113,9 @@ def logits_forward(arch: Architecture, parallel: ParallelSection, work: Workload
     return columns * (work.tokens * each + 3 * min(work.logprob_chunk, work.tokens) * FP32)
 
 
-def embedding(arch: Architecture, parallel: ParallelSection, work: Workload) -> int:
-    """Bytes of what goes into the first layer of a stage."""
-    return work.tokens // parallel.tp * arch.hidden * work.width
+def before_head(arch: Architecture, parallel: ParallelSection, work: Workload) -> int:
+    """Bytes that the last stage keeps between its last layer and the logits: what the final norm gets and gives."""
+    return 2 * (work.tokens // parallel.tp) * arch.hidden * work.width
 
 
 def in_flight(parallel: ParallelSection, stage: int, micro_batches: int) -> int:
@@ -137,7 +137,7 @@ def _attention(arch: Architecture, parallel: ParallelSection, work: Workload) ->
     hidden = rows * arch.hidden * b * (2 if work.recomputes("layernorm") else 3)
     heads = tokens * arch.heads // tp
     statistics = 0 if work.recomputes("core_attn") else heads * FP32
-    latent = getattr(arch, "latent", None)
+    latent = arch.latent
     if latent is not None:
         head = latent.plain_dim + latent.rotary_dim
         # Latents before and after their norms; queries, keys and values as projected and with positions; the output.
@@ -177,7 +177,7 @@ def _moe_inside(arch: Architecture, parallel: ParallelSection, work: Workload) -
     router = rows * arch.experts * (3 * FP32 + 1)
     dispatched = m * arch.hidden * b + m * (FP32 + 8)
     activations = 0 if work.recomputes("moe_act") else _activations(arch, parallel, work)
-    shared = getattr(arch, "shared_ffn", 0)
+    shared = arch.shared_ffn
     columns = 0 if work.recomputes("shared_experts") else (3 if work.fused else 4) * shared // parallel.tp
     return router + dispatched + m * 2 * f * b + activations + work.tokens * columns * b
 

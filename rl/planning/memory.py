@@ -142,9 +142,10 @@ def kept(model: ModelOnRanks, stage: int, micro_batches: int) -> int:
             activations.kept_by_layer(model.arch, model.parallel, model.work, moe=layer in model.arch.moe_layers)
             for layer in layers
         )
-        + activations.embedding(model.arch, model.parallel, model.work)
         for layers in chunks
     ]
+    if stage == model.parallel.pp - 1:
+        each[-1] += activations.before_head(model.arch, model.parallel, model.work)
     return activations.in_flight(model.parallel, stage, micro_batches) * max(each)
 
 
@@ -271,7 +272,7 @@ def engine_memory(
 
 def kv_bytes_per_token(arch: Architecture, width: int, tensor_parallel: int) -> int:
     """Key-value cache of one token on one GPU of an engine. Latent attention keeps its latent, on every GPU."""
-    latent = getattr(arch, "latent", None)
+    latent = arch.latent
     if latent is not None:
         return int(arch.layers * (latent.kv_rank + latent.rotary_dim) * width)
     heads = max(1, arch.kv_heads // tensor_parallel)
@@ -279,7 +280,8 @@ def kv_bytes_per_token(arch: Architecture, width: int, tensor_parallel: int) -> 
 
 
 def _libraries(parallel: ParallelSection, ranks: int) -> int:
-    peers = max(parallel.ep * parallel.etp, ranks // (parallel.tp * parallel.pp), parallel.tp) - 1
+    neighbours = min(parallel.pp, 3)  # of a pipeline stage, itself counted
+    peers = max(parallel.ep * parallel.etp, ranks // (parallel.tp * parallel.pp), parallel.tp, neighbours) - 1
     return constants.WORKSPACE_BYTES + constants.PEER_BYTES * min(peers, constants.MOST_PEERS)
 
 

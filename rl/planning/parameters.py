@@ -109,9 +109,9 @@ def layer_sizes(arch: Architecture, parallel: ParallelSection, *, moe: bool) -> 
     if not moe:
         return Sizes((*dense, *_mlp(h, arch.ffn, parallel.tp)))
     router: tuple[int, ...] = (arch.experts * h,)
-    shared = getattr(arch, "shared_ffn", 0)
+    shared = arch.shared_ffn
     if shared:
-        router += _mlp(h, shared, parallel.tp) + ((h,) if getattr(arch, "shared_gate", False) else ())
+        router += _mlp(h, shared, parallel.tp) + ((h,) if arch.shared_gate else ())
     each = _mlp(h, arch.moe_ffn, parallel.etp)
     return Sizes(dense + router, each * (arch.experts // parallel.ep))
 
@@ -122,7 +122,7 @@ def _mlp(hidden: int, ffn: int, cut: int) -> tuple[int, ...]:
 
 def _attention(arch: Architecture, tp: int) -> tuple[int, ...]:
     h, heads = arch.hidden, arch.heads
-    latent = getattr(arch, "latent", None)
+    latent = arch.latent
     if latent is not None:
         head = latent.plain_dim + latent.rotary_dim
         return (
@@ -139,7 +139,7 @@ def _attention(arch: Architecture, tp: int) -> tuple[int, ...]:
     if arch.attention_bias:
         sizes += (rows,)
     if arch.qk_norm:
-        whole = getattr(arch, "qk_norm_whole", False)
+        whole = arch.qk_norm_whole
         sizes += (heads * arch.head_dim, arch.kv_heads * arch.head_dim) if whole else (arch.head_dim, arch.head_dim)
     return sizes
 

@@ -39,7 +39,7 @@ def _head(config: RunConfig, plan: Plan) -> list[str]:
     if arch.is_moe:
         layers += f" ({len(arch.moe_layers)} MoE, {arch.experts} experts top-{arch.topk})"
     where = "CPUs" if plan.limit is None else (
-        f"{plan.gpus} GPUs on {plan.cluster.nodes(plan.gpus)} nodes of {plan.cluster.gpus_per_node} x "
+        f"{plan.gpus} GPUs of {plan.cluster.nodes(plan.gpus)} x {plan.cluster.gpus_per_node} "
         f"{gpu.name.upper()} ({gpu.memory_gib:g} GiB)"
     )  # fmt: skip
     sizes = " ".join(f"{name}={getattr(parallel, name)}" for name in ("tp", "pp", "vpp", "ep", "etp"))
@@ -93,3 +93,13 @@ def _verdict(plan: Plan, advice: Sequence[Advice]) -> list[str]:
                     "memory, or more of them"
                 )
     return lines
+
+
+def summary(plan: Plan) -> str:
+    """One line, as recipes have it in their head."""
+    if plan.limit is None:
+        return f"{plan.fullest.total / GIB:.1f} GiB a trainer rank, {plan.engine.total / GIB:.1f} an engine, on CPUs"
+    return (
+        f"{plan.fullest.total / GIB:.1f} GiB a trainer rank and {plan.engine.total / GIB:.1f} an engine's GPU, of "
+        f"{plan.limit / GIB:.1f}; {plan.step_seconds:.0f} s a step, bound {plan.step_bound:.0f} s"
+    )

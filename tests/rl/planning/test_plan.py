@@ -1,0 +1,208 @@
+"""Plans of whole configurations, the changes that would make them fit, and the command."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from rl.cli import app
+from rl.config import from_dict, load
+from rl.planning import advice as advising
+from rl.planning.advice import advise, apply
+from rl.planning.cluster import GIB, cluster_of
+from rl.planning.plan import PlanError, make_plan, read_dimensions
+from rl.planning.render import render
+from tests.rl.planning.models import ROOT, TINY
+
+QWEN = str(ROOT / "recipes" / "models" / "qwen3-30b-a3b.json")
+
+
+def configuration(**sections):
+    base = {
+        "run": {"name": "planned"},
+        "model": {"path": "nowhere"},
+        "data": {
+            "train": {"files": ["x.jsonl"]},
+            "prompts_per_step": 64,
+            "samples_per_prompt": 16,
+            "max_prompt_tokens": 1024,
+        },
+        "reward": {"path": "rl.rewards.math:math_verify"},
+        "sampling": {"max_tokens": 8192},
+        "rollout": {"engines": 8, "device": "cuda", "max_model_len": 9216, "kv_cache_gib": 10},
+        "trainer": {
+            "ranks": 8,
+            "backend": "nccl",
+            "parallel": {"ep": 8},
+            "tokens_per_micro_batch": 9216,
+            "recompute": "full",
+        },
+        "stream": {"colocated": True},
+        "plan": {"gpu": "h200", "dimensions": QWEN},
+    }
+    for name, values in sections.items():
+        base[name] = base.get(name, {}) | values
+    return from_dict(base)
+
+
+def test_a_plan_that_fits():
+    config = configuration()
+    plan = make_plan(config)
+    assert plan.fits
+    assert plan.gpus == 8
+    assert plan.cluster.nodes(plan.gpus) == 1
+    assert [phase.name for phase in plan.phases] == [
+        "generation",
+        "old log-probs",
+        "training",
+        "weights",
+        "turns",
+        "other",
+    ]
+    for phase in plan.phases:
+        assert phase.seconds >= phase.bound >= 0
+    assert plan.step_seconds == sum(phase.seconds for phase in plan.phases)
+    text = render(config, plan)
+    assert "30.53 billion parameters" in text
+    assert text.endswith("fits")
+    assert json.loads(json.dumps(plan.to_json()))["fits"] is True
+
+
+def test_what_does_not_fit_gets_the_smallest_changes():
+    config = configuration(plan={"gpu": "h100", "dimensions": QWEN})
+    plan = make_plan(config)
+    assert not plan.fits
+    found = advise(config, plan)
+    assert found
+    costs = []
+    for each in found:
+        changed = apply(config, each.change)
+        assert changed is not None, f"{each.change} breaks a rule"
+        again = make_plan(changed)
+        memory = again.fullest if each.what.startswith("trainer") else again.engine
+        assert memory.total == each.bytes <= again.limit
+        costs.append(len(each.change))
+    assert len({each.render() for each in found}) == len(found)
+    text = render(config, plan, found)
+    assert "DOES NOT FIT" in text
+    assert f"would fit with ({found[0].bytes / GIB:.1f} GiB): {found[0].render()}" in text
+
+
+def test_advice_prefers_what_costs_little():
+    config = configuration(trainer={"recompute": "none"})
+    (first, *_) = advise(config, make_plan(config))
+    assert set(first.change) == {"trainer.recompute", "trainer.recompute_modules"}
+
+
+def test_advice_names_no_change_when_nothing_fits(monkeypatch):
+    monkeypatch.setattr(advising, "MOST_TRIED", 3)
+    config = configuration(trainer={"recompute": "none", "parallel": {"ep": 1}}, plan={"gpu": "h100"})
+    found = advise(config, make_plan(config))
+    assert found[-1].change == {}
+    assert "nothing that was tried fits" in render(config, make_plan(config), found)
+
+
+def test_engines_that_do_not_fit():
+    config = configuration(rollout={"kv_cache_gib": 100.0})
+    plan = make_plan(config)
+    assert [what for what, _ in plan.over] == ["engine GPU"]
+    assert advise(config, plan)[0].change == {"rollout.kv_cache_gib": 50.0}
+
+
+def test_balancing_takes_slots_and_saves_activations():
+    stock = make_plan(configuration(trainer={"recompute": "none"}))
+    balanced = make_plan(configuration(trainer={"recompute": "none"}, balance={"enabled": True}))
+    assert balanced.fullest.bytes_of("replica slots") > 0
+    assert balanced.fullest.total < stock.fullest.total
+    training = [next(p for p in plan.phases if p.name == "training").seconds for plan in (balanced, stock)]
+    assert training[0] < training[1]
+
+
+def test_overlapping_takes_the_longer_of_both():
+    config = configuration(
+        stream={"colocated": False, "staleness": 1}, trainer={"ranks": 16}, plan={"gpu": "h200", "dimensions": QWEN}
+    )
+    plan = make_plan(config)
+    assert plan.gpus == 24
+    assert plan.step_seconds == max(
+        plan.phases[0].seconds, sum(phase.seconds for phase in plan.phases if phase.name != "generation")
+    )
+
+
+def test_other_models_are_planned_too():
+    config = configuration(
+        algorithm={"advantage": "gae", "kl": {"coef": 0.1}}, critic={"recompute": "full"}, plan={"gpu": "b200"}
+    )
+    plan = make_plan(config)
+    names = {part.name.split(":")[0] for part in plan.fullest.parts if ":" in part.name}
+    assert names == {"actor", "critic", "reference"}
+    assert {"reference", "values", "critic"} <= {phase.name for phase in plan.phases}
+
+
+def test_on_cpus_nothing_is_compared(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY["qwen3_moe"]))
+    config = load(ROOT / "recipes" / "smoke.yaml", [f"model.path={tmp_path}"])
+    plan = make_plan(config)
+    assert plan.fits
+    assert plan.limit is None
+    assert plan.phases == ()
+    assert "on CPUs" in render(config, plan)
+
+
+def test_a_model_on_disk_comes_first(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY["mixtral"]))
+    assert read_dimensions(configuration(model={"path": str(tmp_path)})).family == "mixtral"
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"plan": {"dimensions": None}}, "found neither"),
+        ({"plan": {"dimensions": "nowhere.json"}}, "nowhere.json"),
+        ({"trainer": {"parallel": {"pp": 8, "vpp": 4}}}, "must divide 48 layers"),
+        ({"trainer": {"parallel": {"ep": 8, "tp": 8}, "sequence_parallel": True}}, "4 key/value heads"),
+    ],
+)
+def test_what_cannot_be_planned(sections, message):
+    with pytest.raises(PlanError, match=message):
+        make_plan(configuration(**sections))
+
+
+def test_a_model_that_is_not_supported(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
+    with pytest.raises(PlanError, match="unheard_of"):
+        make_plan(configuration(model={"path": str(tmp_path)}))
+
+
+def test_an_unknown_gpu():
+    with pytest.raises(ValueError, match="h100"):
+        cluster_of("abacus", 8, 50.0)
+
+
+def test_refusals_of_today_are_named():
+    config = configuration(
+        rollout={"tensor_parallel": 2, "engines": 4, "kv_cache_gib": 0.1}, stream={"colocated": False}
+    )
+    refused = "\n".join(make_plan(config).refused)
+    assert "rollout.tensor_parallel = 2" in refused
+    assert "less than one sample" in refused
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
+
+
+def test_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe, file = "recipes/qwen3-30b-a3b-1x8-h200.yaml", tmp_path / "plan.json"
+    fits = run(recipe, "--json", file)
+    assert fits.exit_code == 0, fits.output
+    document = json.loads(file.read_text())
+    assert document["planned"] is True
+    assert document["trainer"][0]["bytes"] == sum(part["bytes"] for part in document["trainer"][0]["parts"])
+    over = run(recipe, "plan.gpu=h100")
+    assert over.exit_code == 1
+    assert "would fit with" in over.output
+    assert run(recipe, "trainer.parallel.pp=7").exit_code == 2
+    assert run(recipe, "trainer.parallel.nope=7").exit_code == 2
+    assert run("nowhere.yaml").exit_code == 2
