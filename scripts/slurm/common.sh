@@ -45,11 +45,17 @@ job_facts() {
 
 # Sets the array `each`: srun and whatever makes its environment, up to the program.
 srun_command() {
-    each=(srun --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --kill-on-bad-exit=0
+    # --wait: when the head is through, a node that died is not waited for until Slurm has noticed.
+    each=(srun --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60
         --output="$state/%N.log" --error="$state/%N.log" --open-mode=append)
     # srun does not take it over from sbatch by itself since Slurm 22.05.
     if [ -n "${SLURM_CPUS_ON_NODE:-}" ]; then each+=(--cpus-per-task="$SLURM_CPUS_ON_NODE"); fi
-    local bind="$root:$root${mounts:+,$mounts}"
+    # The container sees the repository, the directory that the job was submitted from, and the logs, at their own paths.
+    local bind="$root:$root" directory
+    for directory in "$PWD" "$(realpath -m "$logs")"; do
+        [[ "$directory/" == "$root"/* ]] || bind+=",$directory:$directory"
+    done
+    bind+="${mounts:+,$mounts}"
     case "$container" in
         "") python="${python:-$root/.venv/bin/python}" ;;
         *.sif)

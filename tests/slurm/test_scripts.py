@@ -37,7 +37,7 @@ def test_syntax(script):
 def test_launch_with_a_virtual_environment():
     shown = call("launch.sh", "recipes/smoke.yaml", "run.seed=3", "data.x=a b", "--dry-run")
     assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.startswith("srun --nodes=N --ntasks=N --ntasks-per-node=1 --kill-on-bad-exit=0 ")
+    assert shown.stdout.startswith("srun --nodes=N --ntasks=N --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=60 ")
     assert "--output=logs/slurm/JOB/attempt-0/%N.log" in shown.stdout
     assert f"env PYTHONPATH={ROOT}" in shown.stdout
     program = f"{ROOT}/.venv/bin/python -u -m rl.slurm.node --state logs/slurm/JOB/attempt-0 --nodes NODES --tmp /tmp"
@@ -49,7 +49,7 @@ def test_launch_with_enroot_and_pyxis():
     more = ["--mounts", "/data:/data", "--interface", "ib0", "--tmp", "/scratch", "--logs", "/l"]
     shown = call("launch.sh", "--container", "/images/u.sqsh", *more, "recipes/smoke.yaml", "--dry-run").stdout
     assert "--container-image=/images/u.sqsh --container-name=ultraep" in shown
-    assert f"--container-mounts={ROOT}:{ROOT}\\,/data:/data --container-workdir={ROOT}" in shown
+    assert f"--container-mounts={ROOT}:{ROOT}\\,/l:/l\\,/data:/data --container-workdir={ROOT}" in shown
     assert " python3 -u -m rl.slurm.node --state /l/JOB/attempt-0 " in shown
     assert "--tmp /scratch --interface ib0 -- recipes/smoke.yaml" in shown
 
@@ -122,6 +122,8 @@ def test_help(script):
     ],
 )
 def test_refusals(line, sentence):
+    if "--dry-run" in line and not (ROOT / ".venv/bin/ultraep-rl").exists():
+        pytest.skip("recipes are checked where the virtual environment is")
     result = call(*line)
     assert result.returncode == 2
     assert sentence in result.stderr
