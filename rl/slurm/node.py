@@ -150,6 +150,9 @@ def _run(task: Task, config: RunConfig, address: str, channel: control.HeadContr
             return STOPPED if newest != begun_with else OUT_OF_TIME
         time.sleep(0.5)
     code = process.returncode
+    if code == STOPPED and _newest(checkpoints) == begun_with:
+        _say(f"stopped before an iteration was finished; newest checkpoint: {begun_with}")
+        return OUT_OF_TIME  # the next attempt would get no further
     # A rank that lost its peer often fails before anybody knows that a node is gone.
     if code not in _NO_FAULT_OF_NODES and len(task.nodes) > 1 and channel.wait_for_loss(control.SILENCE_S + 5):
         _say(f"lost {', '.join(channel.lost)}")

@@ -80,7 +80,7 @@ again=""
 case "$code" in
     75) reason="stopped to go on later" again="$requeue_after_stop" ;;
     76) reason="a node was lost" again=1 ;;
-    124) reason="time was over and no checkpoint made: raise --time or checkpoint more often" ;;
+    124) reason="no checkpoint was made in the time there was: raise --time, or checkpoint more often" ;;
     *) reason="the run ended" ;;
 esac
 echo "$(date +%T) $reason (code $code)"

@@ -64,7 +64,7 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 JobCompType=jobcomp/none
 SlurmctldTimeout=60
-SlurmdTimeout=20
+SlurmdTimeout={down_after}
 KillWait=20
 MinJobAge=3600
 UnkillableStepTimeout=30
@@ -155,13 +155,14 @@ def obstacle() -> str | None:
     return None if tried.returncode == 0 else "this machine allows no namespaces (unshare failed)"
 
 
-def start(directory: Path, nodes: int, cpus: int) -> Cluster:
+def start(directory: Path, nodes: int, cpus: int, down_after: int = 20) -> Cluster:
     """Start everything and wait until all nodes are idle.
 
     Args:
         directory: of the cluster, made here.
         nodes: how many, named n1, n2, ...
         cpus: that Slurm counts on each; not bound to the machine's.
+        down_after: seconds of silence after which Slurm gives a node up; clusters often have 300.
     """
     if (why := obstacle()) is not None:
         sys.exit(why)
@@ -174,7 +175,7 @@ def start(directory: Path, nodes: int, cpus: int) -> Cluster:
     cluster = Cluster(directory, number, cpus, {f"n{i + 1}": 0 for i in range(nodes)})
     cluster.save()
     try:
-        _write_files(cluster)
+        _write_files(cluster, down_after)
         _run("ip", "link", "add", cluster.bridge, "type", "bridge")
         _run("ip", "addr", "add", f"{cluster.prefix}.1/24", "dev", cluster.bridge)
         _run("ip", "link", "set", cluster.bridge, "up")
@@ -248,7 +249,7 @@ def stop(cluster: Cluster) -> None:
     shutil.rmtree(cluster.directory, ignore_errors=True)
 
 
-def _write_files(cluster: Cluster) -> None:
+def _write_files(cluster: Cluster, down_after: int) -> None:
     directory, names = cluster.directory, list(cluster.nodes)
     for name in ("state", *(f"spool-{n}" for n in names)):
         (directory / name).mkdir()
@@ -271,6 +272,7 @@ def _write_files(cluster: Cluster) -> None:
         "port": 16800 + cluster.number,
         "slurmd_port": 17100 + cluster.number,
         "directory": directory,
+        "down_after": down_after,
         "nodes": "\n".join(lines),
     }
     (directory / "slurm.conf").write_text(SLURM_CONF.format(**values))
@@ -337,9 +339,10 @@ def main() -> None:
         if name == "start":
             command.add_argument("--nodes", type=int, default=2)
             command.add_argument("--cpus", type=int, default=8, help="that Slurm counts on each node")
+            command.add_argument("--down-after", type=int, default=20, metavar="SECONDS", help="Slurm's SlurmdTimeout")
     arguments = parser.parse_args()
     if arguments.command == "start":
-        cluster = start(arguments.directory, arguments.nodes, arguments.cpus)
+        cluster = start(arguments.directory, arguments.nodes, arguments.cpus, arguments.down_after)
         print(f"export SLURM_CONF={cluster.directory}/slurm.conf")
         return
     cluster = Cluster.load(arguments.directory)

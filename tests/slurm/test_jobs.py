@@ -115,11 +115,29 @@ def test_lost_node(cluster, directory, victim):
     assert len(sessions(directory / "run")) == 2
 
 
+def test_a_dead_node_is_not_waited_for(shared, directory):
+    """On a cluster that takes 300 s to notice, as many do: the launcher requeues the job long before."""
+    config = tiny(directory, 200, checkpoint__every=5)
+    cluster = local_cluster.start(shared / "d", nodes=2, cpus=8, down_after=300)
+    try:
+        job = Job.submit(cluster, directory, launcher_script(directory, config, "#SBATCH --time=60"))
+        job.until(lambda: job.steps >= 8, "eight steps")
+        local_cluster.kill(cluster, "n2")
+        job.until(lambda: "a node was lost (code 76)" in job.launcher_output, "the launcher to requeue", 280)
+        local_cluster.boot(cluster, "n2")
+        assert job.end() == "COMPLETED 0:0", job.output
+        print(job.output)
+        assert len(sessions(directory / "run")) == 2
+        prompts_in_order(directory / "run", 200, 100, PER_STEP)
+    finally:
+        local_cluster.stop(cluster)
+
+
 def test_time_limit(cluster, directory):
     """Asked to stop before its time is over, requeued, resumed; as often as it takes."""
     prompts = 1200
     config = tiny(directory, prompts, checkpoint__every=0)  # then the only checkpoints are those of stops
-    script = launcher_script(directory, config, "#SBATCH --time=3", "#SBATCH --signal=B:USR1@110")
+    script = launcher_script(directory, config, "#SBATCH --time=5", "#SBATCH --signal=B:USR1@120")
     job = Job.submit(cluster, directory, script)
     assert job.end(3400) == "COMPLETED 0:0", job.output
     print(job.output)

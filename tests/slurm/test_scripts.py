@@ -168,7 +168,7 @@ def launch(slurm, behaviour, *arguments, **environment):
         (1, False, "the run ended (code 1)"),
         (75, True, "stopped to go on later"),
         (76, True, "a node was lost"),
-        (124, False, "raise --time or checkpoint more often"),
+        (124, False, "raise --time, or checkpoint more often"),
     ],
 )
 def test_codes(slurm, code, requeued, said):

@@ -73,13 +73,15 @@ def test_the_exit_code_is_the_runs(task, monkeypatch, code):
     assert run(task, monkeypatch, code=str(code)) == code
 
 
-def test_asked_to_stop(task, monkeypatch):
-    assert run(task, monkeypatch, until="") == STOPPED
+@pytest.mark.parametrize(("made", "code"), [(False, OUT_OF_TIME), (True, STOPPED)])
+def test_asked_to_stop(task, monkeypatch, made, code):
+    """It goes on from a checkpoint that this attempt made; without one it would never get any further."""
+    checkpoint = str(task.state / "run" / "checkpoints" / "step_00000004") if made else ""
+    assert run(task, monkeypatch, checkpoint=checkpoint, until="") == code
 
 
 @pytest.mark.parametrize(("made", "code"), [(False, OUT_OF_TIME), (True, STOPPED)])
 def test_time_is_over_before_the_iteration(task, monkeypatch, made, code):
-    """It goes on from a checkpoint that this attempt made; without one it would never get any further."""
     (task.state / "run" / "checkpoints" / "step_00000003").mkdir(parents=True)
     checkpoint = str(task.state / "run" / "checkpoints" / "step_00000004") if made else ""
     assert run(task, monkeypatch, stop="never", checkpoint=checkpoint, until=f"{time.time() + 5}") == code
