@@ -126,6 +126,25 @@ def verify_eval(
 
 
 @app.command()
+def verify(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")],
+    rewards: Annotated[
+        bool, typer.Option(help="Score the saved evaluation samples again, with the run's reward function.")
+    ] = True,
+) -> None:
+    """Check from its files that a run fits together: ledger, prompts, metrics, data, routes, plans, checkpoints and
+    evaluations; end with 1 if something does not, 3 if a threshold is missed."""
+    from rl.verifying import verify_run
+
+    try:
+        result = verify_run(run_directory, rewards=rewards)
+    except (ConfigError, LedgerError) as error:
+        _stop(USAGE, str(error))
+    typer.echo(result.render())
+    raise typer.Exit(FAILED if result.mismatches else THRESHOLDS if result.missed else OK)
+
+
+@app.command()
 def fields(
     section: Annotated[str | None, typer.Argument(help="Only this section, e.g. trainer.optimizer.")] = None,
 ) -> None:

@@ -4,7 +4,7 @@ A run directory holds
 
     run.json                  the resolved configuration, versions, topology, seeds, data digests, and its sessions:
                               one when the run is created and one more for each resume
-    steps.jsonl               one line per completed step
+    steps.jsonl               one line per completed step, each with a digest of itself and of all lines before it
     steps.rolled_back.jsonl   lines of steps that a crash undid, in the order they were undone
 
 Resume is exactly-once because of the order of writes:
@@ -112,11 +112,19 @@ class Ledger:
     context manager) to let another process resume.
     """
 
-    def __init__(self, directory: Path, run: dict[str, Any], records: Sequence[StepRecord], lock: int | None):
+    def __init__(
+        self,
+        directory: Path,
+        run: dict[str, Any],
+        records: Sequence[StepRecord],
+        lock: int | None,
+        chain: str = "",
+    ):
         self.directory = directory
         self._run = run
         self._records = list(records)
         self._lock = lock
+        self._chain = chain  # of the last line
         self._consumed = {key for record in records for key in record.consumed}
 
     @classmethod
@@ -217,7 +225,9 @@ class Ledger:
             session["changed"] = differences(_current_config(run), config)
             session["config"] = dict(config)
             run["sessions"].append(session)
-            ledger = cls(directory, run, records[: len(records) - len(undone)], lock)
+            kept = lines.values[: len(lines.values) - len(undone)]
+            chain = kept[-1].get("chain", "") if kept else ""
+            ledger = cls(directory, run, records[: len(kept)], lock, chain)
             ledger._write_run()
         except BaseException:
             os.close(lock)
@@ -285,7 +295,9 @@ class Ledger:
                 f"{_listing(repeated)}; the data loader repeats prompts."
             )
         line = {**asdict(record), "session": self.session, "time": _now()}
-        append_durably(self.directory / "steps.jsonl", json_line(line))
+        chain = line_digest(self._chain, line)
+        append_durably(self.directory / "steps.jsonl", json_line({**line, "chain": chain}))
+        self._chain = chain
         self._records.append(record)
         self._consumed.update(record.consumed)
 
@@ -344,6 +356,16 @@ def file_digest(path: Path | str) -> str:
     """``"sha256:..."`` of a file's bytes."""
     with open(path, "rb") as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def line_digest(before: str, line: Mapping[str, Any]) -> str:
+    """32 hex digits of a line of `steps.jsonl` and of the digest of the line before it (empty for the first).
+
+    What the line says itself under ``chain`` is left out.
+    """
+    content = {key: value for key, value in line.items() if key != "chain"}
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(f"{before}\n{text}".encode(), digest_size=16).hexdigest()
 
 
 def items_digest(items: Iterable[Any]) -> str:
