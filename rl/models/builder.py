@@ -16,6 +16,7 @@ from megatron_ultraep.megatron import compat, cpu
 from megatron_ultraep.megatron.groups import ModelGroups
 from rl.models.architecture import Architecture, UnsupportedModel
 from rl.models.attention import PackedAttention, RMSNorm, WholeKeyNorm, WholeQueryNorm
+from rl.models.stages import stage_layers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -82,9 +83,10 @@ def check_layout(arch: Architecture, groups: ModelGroups) -> None:
         wrong.append(f"tp={layout.tp} with ep=1 needs etp={layout.tp} (or ep > 1)")
     if layout.tp > 1 and not arch.tensor_parallel:
         wrong.append(f"tp={layout.tp} is not tested with {arch.family}'s attention: set it to 1")
-    chunks = layout.pp * (layout.vpp or 1)
-    if arch.layers % chunks:
-        wrong.append(f"pp*vpp = {chunks} must divide {arch.layers} layers")
+    try:
+        stage_layers(arch.layers, layout.pp, layout.vpp)
+    except ValueError as error:
+        wrong.append(str(error))
     if arch.is_moe and (arch.moe_ffn % layout.etp):
         wrong.append(f"etp={layout.etp} must divide the expert size {arch.moe_ffn}")
     if wrong:
@@ -147,6 +149,12 @@ def _transformer_config(
     }
     if layout.vpp:
         kwargs["microbatch_group_size_per_vp_stage"] = layout.pp
+    stages = stage_layers(arch.layers, layout.pp, layout.vpp)
+    if len(set(stages)) > 1:
+        kwargs |= {
+            "num_layers_in_first_pipeline_stage": stages[0],
+            "num_layers_in_last_pipeline_stage": stages[-1],
+        }
     if arch.is_moe:
         kwargs |= {
             "num_moe_experts": arch.experts,
@@ -227,11 +235,11 @@ def _layer_specs(arch: Architecture, layer_indices: Sequence[int], te: bool, dty
 
 
 def chunk_layers(arch: Architecture, groups: ModelGroups, vp_stage: int | None) -> range:
-    """0-based layers of one chunk; layers are cut evenly, chunk ``v`` of stage ``p`` being part ``v*pp + p``."""
-    parts = groups.layout.pp * (groups.layout.vpp or 1)
-    size = arch.layers // parts
+    """0-based layers of one chunk; chunk ``v`` of stage ``p`` is part ``v*pp + p`` of ``stage_layers``."""
+    sizes = stage_layers(arch.layers, groups.layout.pp, groups.layout.vpp)
     part = (vp_stage or 0) * groups.layout.pp + groups.coordinates["pp"]
-    return range(part * size, (part + 1) * size)
+    start = sum(sizes[:part])
+    return range(start, start + sizes[part])
 
 
 def build_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rl.config import ConfigError, RunConfig, Violation
 from rl.models.architecture import Architecture, UnsupportedModel, read_architecture
+from rl.models.stages import stage_layers
 
 
 def check_model(config: RunConfig) -> Architecture:
@@ -44,12 +45,10 @@ def check_against_model(config: RunConfig, arch: Architecture) -> None:
     for path, p in config.layouts.items():
         if path in elsewhere:
             continue
-        chunks = p.pp * p.vpp
-        demand(
-            arch.layers % chunks == 0,
-            f"{path}.pp",
-            f"pp*vpp = {chunks} must divide the model's {arch.layers} layers.",
-        )
+        try:
+            stage_layers(arch.layers, p.pp, p.vpp)
+        except ValueError as error:
+            demand(False, f"{path}.pp", f"{error}.")
         demand(
             arch.heads % p.tp == 0 and arch.kv_heads % p.tp == 0,
             f"{path}.tp",

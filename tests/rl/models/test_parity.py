@@ -25,6 +25,7 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32, 
 MODELS = {
     "qwen3_moe": lambda path: tiny.qwen3_moe(path, seed=1),
     "qwen3_moe dense layers": lambda path: tiny.qwen3_moe(path, seed=2, mlp_only_layers=[0, 2]),
+    "qwen3_moe 7 layers": lambda path: tiny.qwen3_moe(path, seed=16, layers=7, mlp_only_layers=[3]),
     "qwen3_moe tied": lambda path: tiny.qwen3_moe(path, seed=3, tie_word_embeddings=True),
     "qwen3_moe not normalised": lambda path: not_normalised(tiny.qwen3_moe(path, seed=4, topk=3)),
     "mixtral": lambda path: tiny.mixtral(path, seed=5, heads=4, kv_heads=2),
@@ -139,6 +140,8 @@ def reference(directories):
 def test_logprobs_equal_those_of_transformers(ranks, directories, reference, layout):
     world, sizes = LAYOUTS[layout]
     names = [name for name in directories if "tp" not in sizes or not name.startswith(WITHOUT_TP)]
+    if "vpp" in sizes:
+        names.remove("qwen3_moe 7 layers")
     answers = ranks(world).run(megatron_logprobs, [(str(directories[name]), sizes) for name in names])
     for i, name in enumerate(names):
         stages = [one[i] for one in answers if one[i] is not None]
@@ -165,7 +168,7 @@ def test_the_models_differ_where_they_should(reference, directories):
     [
         ("qwen3_moe", 4, {"tp": 4, "ep": 2}, "tp=4 must divide 4 attention heads and 2 key/value heads"),
         ("qwen3_moe", 2, {"tp": 2}, r"tp=2 with ep=1 needs etp=2 \(or ep > 1\)"),
-        ("qwen3_moe", 3, {"pp": 3}, r"pp\*vpp = 3 must divide 4 layers"),
+        ("qwen3_moe", 2, {"pp": 2, "vpp": 3}, r"pp\*vpp = 6 must divide 4 layers"),
         ("qwen3_moe", 3, {"ep": 3}, "ep=3 must divide 8 experts"),
         ("olmoe", 2, {"tp": 2, "ep": 2}, "tp=2 is not tested with olmoe's attention: set it to 1"),
         ("deepseek_v3", 2, {"tp": 2, "ep": 2}, "tp=2 is not tested with deepseek_v3's attention: set it to 1"),

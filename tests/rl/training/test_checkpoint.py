@@ -85,6 +85,18 @@ def test_tied_embeddings_of_a_pipeline(ranks, tmp_path):
         assert worst(resumed, whole) <= (0 if world == 2 else 1e-4)
 
 
+def test_stages_of_unequal_length(ranks, tmp_path):
+    """Five layers: three and two of them on two stages; two, two and one on three."""
+    odd = str(tiny.qwen3_moe(tmp_path / "m", seed=3, layers=5, mlp_only_layers=[1]))
+    path = tmp_path / "c"
+    path.mkdir()
+    whole, _ = merged(ranks(1).run(train, odd, {}, range(3)))
+    ranks(2).run(train, odd, {"pp": 2}, range(2), save=(1, str(path)))
+    for layout, world in (({"pp": 2}, 2), ({"pp": 3}, 3), ({}, 1)):
+        resumed, _ = merged(ranks(world).run(train, odd, layout, range(2, 3), load=str(path)))
+        assert worst(resumed, whole) <= 1e-4
+
+
 @pytest.mark.parametrize(
     ("then", "distributed", "message"),
     [((1, {}), True, "keep ep"), ((2, {"ep": 2}), False, "set trainer.distributed_optimizer as it was")],

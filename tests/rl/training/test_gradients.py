@@ -28,6 +28,7 @@ LAYOUTS = {
 OTHER_MODELS = {
     "tied": lambda path: tiny.qwen3_moe(path, seed=4, tie_word_embeddings=True, mlp_only_layers=[1]),
     "mixtral": lambda path: tiny.mixtral(path, seed=5, heads=4, kv_heads=2),
+    "seven layers": lambda path: tiny.qwen3_moe(path, seed=7, layers=7, mlp_only_layers=[0]),
     "llama tied": lambda path: tiny.llama(path, seed=6, heads=4, kv_heads=2, tie_word_embeddings=True),
 }
 OTHER_LAYOUTS = {
@@ -35,6 +36,7 @@ OTHER_LAYOUTS = {
     "tp2xpp2xep2": (4, {"tp": 2, "pp": 2, "ep": 2}),
     "vpp2xdp2": (4, {"pp": 2, "vpp": 2}),
 }
+UNEVEN_LAYOUTS = {"pp2xep2": (4, {"pp": 2, "ep": 2}), "pp4": (4, {"pp": 4})}  # 4, 3; and 2, 2, 2, 1
 BAR = {"float64": 1e-8, "float32": 1e-5}
 
 
@@ -70,7 +72,7 @@ def test_gradients_of_other_models(ranks, tmp_path, model):
     directory = str(OTHER_MODELS[model](tmp_path / "m"))
     one = gradients(ranks, directory, 1, {}, dtype="float64")
     assert ("lm_head.weight" in one["tensors"]) == ("tied" not in model)
-    for world, layout in OTHER_LAYOUTS.values():
+    for world, layout in (UNEVEN_LAYOUTS if model == "seven layers" else OTHER_LAYOUTS).values():
         sizes = layout if model != "llama tied" else {k: v for k, v in layout.items() if k != "ep"}
         assert_same(gradients(ranks, directory, world, sizes, dtype="float64"), one, BAR["float64"])
 
