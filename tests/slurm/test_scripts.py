@@ -72,6 +72,23 @@ def test_submit_shows_script_command_and_nodes():
     assert "--interface ib0 -- recipes/smoke.yaml trainer.ranks_per_node=1 run.seed=3" in shown.stdout
 
 
+@pytest.mark.parametrize("script", sorted((ROOT / "recipes").glob("*.sbatch")), ids=lambda path: path.stem)
+def test_every_recipe(script):
+    text = script.read_text()
+    for line in (
+        "#SBATCH --signal=B:USR1@",
+        "#SBATCH --requeue",
+        "#SBATCH --ntasks-per-node=1",
+        "#SBATCH --open-mode=append",
+    ):
+        assert line in text
+    command = ["bash", str(script), "--dry-run", "run.seed=3"]
+    shown = subprocess.run(command, cwd=ROOT, env=NO_JOB, capture_output=True, text=True, timeout=60, check=False)
+    assert shown.returncode == 0, shown.stderr
+    assert f" -- recipes/{script.stem}.yaml " in shown.stdout
+    assert shown.stdout.rstrip().endswith("run.seed=3")
+
+
 def test_megatron():
     arguments = ["--per-node", "8", "--dry-run", "--", "--ultraep-slots", "2", "pretrain_gpt.py", "--lr", "1e-4"]
     shown = call("megatron.sh", *arguments).stdout
