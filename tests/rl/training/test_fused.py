@@ -34,7 +34,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return with_head(tiny.qwen3_moe(tmp_path_factory.mktemp("fused") / "m", seed=3, layers=2, tie_word_embeddings=True))
+    return with_head(tiny.qwen3_moe(tmp_path_factory.mktemp("fused") / "m", seed=3, layers=3, tie_word_embeddings=True))
 
 
 def problem_of(worker, batches, forward_only=False):
