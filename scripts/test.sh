@@ -17,7 +17,7 @@ fi
 
 # mypy stops at a path that does not exist.
 typed=()
-for path in megatron_ultraep/{plan,pipeline,replay,runtime,kernels,telemetry,layout.py,config.py,processes.py} rl/algorithms; do
+for path in megatron_ultraep/{plan,pipeline,replay,runtime,kernels,telemetry,layout.py,config.py,processes.py} rl/{algorithms,planning}; do
     if [ -e "$path" ]; then typed+=("$path"); fi
 done
 

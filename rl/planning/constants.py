@@ -35,20 +35,29 @@ ASLEEP_BYTES = round(1.2 * GIB)
 
 # ---------------------------------------------------------------- times
 
-TRAIN_EFFICIENCY = 0.36
-"""Share of a GPU's peak in forward and backward with balanced routes. Source:
-benchmarks/results/model-trace-gpu-ep4.json, plans made ahead (293 ms for 16,384 tokens a rank, optimizer included)."""
+TRAIN_EFFICIENCY = 0.50
+"""Share of a GPU's peak in forward and backward with balanced routes, all-to-alls and the optimizer's steps left out.
+Source: benchmarks/results/model-trace-gpu-ep4.json, plans made ahead: 293 ms for 16,384 tokens a rank, less what is
+planned for those two."""
 
-FORWARD_EFFICIENCY = 0.36
+FORWARD_EFFICIENCY = 0.50
 """The same of a pass without backward: not measured, taken to be as good."""
 
 DECODE_EFFICIENCY = 0.5
 """Share of the memory's bandwidth that decoding reaches, of weights and cache read in a step. Not measured here with a
 model of this size; vLLM's eager mode, with routes captured."""
 
-DECODE_STEP_S = 0.012
-"""Least seconds of a decoding step in eager mode, host time. Source: benchmarks/results/stream-real-gpu.json: 9.6 s and
-6.5 s of generation for at most 128 tokens are bounded by other things; not measured alone."""
+DECODE_LAYER_S = 0.00063
+DECODE_SAMPLE_S = 0.00034
+"""Host time of a decoding step in eager mode with routes captured, for each layer and each running sample. Source: both
+runs of benchmarks/results/stream-real-gpu.json, 30 layers: 9.62 - 1.59 s of generation with 256 samples on an engine
+and 6.50 - 1.27 s with 128, of 128 steps each, solved for the two."""
+
+SEQUENCE_LAYER_S = 0.00055
+"""Host time of a packed sequence in one layer, forward; backward takes twice that. Megatron's unfused rotary embedding
+of packed sequences is a Python loop over them, so many short samples wait for the host. Source: as above, one-step:
+17.06 s for 256 sequences in 30 layers of one rank, old log-probs and training (four forwards' worth); the split between
+them was not measured."""
 
 NVLINK_EFFICIENCY = 0.78
 """Share of NVLink's data sheet that transfers reach. Source: benchmarks/results/transfer-gpu.json (349 of 450 GB/s)."""
@@ -63,5 +72,5 @@ STORE_GBS = 1.0
 OFFLOAD_GBS = 40.0
 """Between a GPU and pinned host memory, one direction (GB/s): PCIe 5 x16, not measured here."""
 
-STEP_OVERHEAD_S = 2.0
+STEP_OVERHEAD_S = 1.0
 """Rewards, advantages, ledger and what else of a step is neither generation nor training: not measured on GPUs."""

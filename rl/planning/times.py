@@ -123,7 +123,8 @@ def generation(
         return max(read, computed)
 
     def measured(samples: int) -> float:
-        return max(constants.DECODE_STEP_S, step(samples, constants.DECODE_EFFICIENCY))
+        host = arch.layers * constants.DECODE_LAYER_S + samples * constants.DECODE_SAMPLE_S
+        return max(host, step(samples, constants.DECODE_EFFICIENCY))
 
     steps = mine * batch.response / running
     prompts = -(-batch.prompts // engines) * batch.prompt * _operations(arch, batch.prompt, 1.0)
@@ -152,6 +153,8 @@ def one_pass(
     per_rank = batch.tokens * parallel.tp * parallel.pp / ranks / (batch.mini_batches if backward else 1)
     micro_batches = max(1.0, -(-per_rank // training.tokens_per_micro_batch))
     bubble = (micro_batches + (parallel.pp - 1) / parallel.vpp) / micro_batches
+    sequences = batch.samples * parallel.tp * parallel.pp / ranks
+    host = sequences * arch.layers / parallel.pp * constants.SEQUENCE_LAYER_S * (passes + (1.0 if again else 0.0))
     computing = work / (ranks * gpu.tflops * 1e12 * efficiency)
     moving = (passes + (1.0 if again else 0.0)) * _dispatch(arch, batch, cluster, training)
     reducing = batch.mini_batches * _reduction(arch, cluster, training) if backward else 0.0
@@ -160,9 +163,12 @@ def one_pass(
     notes = [f"computing {computing:.1f} s", f"{micro_batches:.0f} micro-batches, bubble {bubble - 1:.0%}"]
     if moving:
         notes.append(f"dispatch {moving:.1f} s")
+    gpu_bound = (computing + moving) * bubble
+    if host * bubble > gpu_bound:
+        notes.append(f"waits for the host {host:.1f} s")
     if reducing:
         notes.append(f"gradients {reducing:.1f} s")
-    return Phase(name, (computing + moving) * bubble + reducing + stepping, ideal, ", ".join(notes))
+    return Phase(name, max(gpu_bound, host * bubble) + reducing + stepping, ideal, ", ".join(notes))
 
 
 def transfer(
