@@ -127,7 +127,8 @@ def test_a_dead_node_is_not_waited_for(shared, directory):
         local_cluster.boot(cluster, "n2")
         assert job.end() == "COMPLETED 0:0", job.output
         print(job.output)
-        assert len(sessions(directory / "run")) == 2
+        # Slurm may tell the node, once it is back, to end the job it had: then that attempt goes the same way.
+        assert sessions(directory / "run")[-1] == "finished"
         prompts_in_order(directory / "run", 200, 100, PER_STEP)
     finally:
         local_cluster.stop(cluster)
