@@ -75,7 +75,7 @@ def _search(
             tried += 1
             try:
                 planned = make_plan(current, arch, with_times=False)
-            except PlanError:
+            except (ConfigError, PlanError):
                 planned = None  # a size that does not divide; a larger one may
             if planned is not None:
                 memory = planned.fullest if what.startswith("trainer") else planned.engine
@@ -144,7 +144,7 @@ def _expert_parallel(config: RunConfig, arch: Architecture) -> Iterator[tuple[fl
 
 def _pipeline(config: RunConfig, arch: Architecture) -> Iterator[tuple[float, Change]]:
     now = config.trainer.parallel.pp
-    larger = next((pp for pp in range(now + 1, arch.layers + 1) if arch.layers % pp == 0), None)
+    larger = next((pp for pp in range(now + 1, arch.layers + 1) if config.trainer.ranks % pp == 0), None)
     if larger is not None:
         yield 2.0, {"trainer.parallel.pp": larger, "trainer.parallel.vpp": 1}
 

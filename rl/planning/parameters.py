@@ -5,12 +5,14 @@ Tested against really built Megatron models of every family and several layouts 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rl.config.trainer import ParallelSection
 from rl.models.architecture import Architecture
+from rl.models.stages import stage_layers
 
 _PARAMETER_ALIGNMENT = 64  # elements: where a parameter begins in Megatron's buffers with the distributed optimizer
 _BUFFER_ALIGNMENT = 128  # elements: what the end of such a buffer is a multiple of, besides of its ranks
@@ -64,12 +66,11 @@ class Sharing:
 
 
 def chunks_of_stage(arch: Architecture, parallel: ParallelSection, stage: int) -> tuple[range, ...]:
-    """Layers of each model chunk of a pipeline stage (0-based); cut evenly, as ``rl.models.builder`` does."""
-    size = arch.layers // (parallel.pp * parallel.vpp)
-    return tuple(
-        range(part * size, (part + 1) * size)
-        for part in (virtual * parallel.pp + stage for virtual in range(parallel.vpp))
-    )
+    """Layers of each model chunk of a pipeline stage (0-based), cut as ``rl.models.builder`` does."""
+    sizes = stage_layers(arch.layers, parallel.pp, parallel.vpp)
+    starts = (0, *itertools.accumulate(sizes))
+    parts = range(stage, parallel.pp * parallel.vpp, parallel.pp)
+    return tuple(range(starts[part], starts[part + 1]) for part in parts)
 
 
 def stage_sizes(arch: Architecture, parallel: ParallelSection, stage: int) -> tuple[Sizes, ...]:

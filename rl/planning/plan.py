@@ -13,6 +13,7 @@ from typing import Any
 
 from rl.config import RunConfig
 from rl.models.architecture import Architecture, UnsupportedModel, architecture, read_architecture
+from rl.orchestration.fit import check_against_model
 from rl.placement import place
 from rl.planning import constants, times
 from rl.planning.activations import Workload
@@ -143,6 +144,7 @@ def make_plan(config: RunConfig, arch: Architecture | None = None, *, with_times
         with_times: estimate seconds too.
 
     Raises:
+        ConfigError: fields that do not fit the model.
         PlanError: sizes that the model cannot be cut into, or no model.
     """
     arch = arch or read_dimensions(config)
@@ -188,8 +190,9 @@ def check_layouts(config: RunConfig, arch: Architecture) -> None:
     """See that every model can be cut as its layout says.
 
     Raises:
-        PlanError: with what to change.
+        ConfigError, PlanError: with what to change.
     """
+    check_against_model(config, arch)
     from megatron_ultraep.megatron.groups import ParallelLayout
     from rl.models.builder import check_layout
 

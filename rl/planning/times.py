@@ -156,13 +156,18 @@ def one_pass(
     sequences = batch.samples * parallel.tp * parallel.pp / ranks
     host = sequences * arch.layers / parallel.pp * constants.SEQUENCE_LAYER_S * (passes + (1.0 if again else 0.0))
     computing = work / (ranks * gpu.tflops * 1e12 * efficiency)
-    moving = (passes + (1.0 if again else 0.0)) * _dispatch(arch, batch, cluster, training)
+    forwards = passes + (1.0 if again else 0.0)
+    dispatching = forwards * _dispatch(arch, batch, cluster, training)
+    gathering = forwards * _gathering(arch, batch, cluster, training)
+    moving = dispatching + gathering
     reducing = batch.mini_batches * _reduction(arch, cluster, training) if backward else 0.0
     stepping = batch.mini_batches * _optimizer(arch, cluster, training) if backward else 0.0
     ideal = batch.tokens * passes * _operations(arch, batch.length, 1.0) / (ranks * gpu.tflops * 1e12)
     notes = [f"computing {computing:.1f} s", f"{micro_batches:.0f} micro-batches, bubble {bubble - 1:.0%}"]
-    if moving:
-        notes.append(f"dispatch {moving:.1f} s")
+    if dispatching:
+        notes.append(f"dispatch {dispatching:.1f} s")
+    if gathering:
+        notes.append(f"tensor parallelism {gathering:.1f} s")
     gpu_bound = (computing + moving) * bubble
     if host * bubble > gpu_bound:
         notes.append(f"waits for the host {host:.1f} s")
@@ -242,14 +247,28 @@ def _dispatch(arch: Architecture, batch: Batch, cluster: Cluster, training: Trai
     return nvlink + network
 
 
+def _gathering(arch: Architecture, batch: Batch, cluster: Cluster, training: Training) -> float:
+    """Seconds of tensor parallelism in one forward: rows are gathered before attention and scattered after it, and so
+    around dense layers; experts take a rank's own rows."""
+    parallel = training.parallel
+    if parallel.tp == 1:
+        return 0.0
+    rows = batch.tokens * parallel.tp / training.ranks
+    around = 2 * (2 * arch.layers - (0 if arch.shared_ffn else len(arch.moe_layers)))
+    size = rows * around * arch.hidden * training.width * (parallel.tp - 1) / parallel.tp
+    inside = parallel.tp <= cluster.gpus_per_node
+    share = constants.NVLINK_EFFICIENCY if inside else constants.NETWORK_EFFICIENCY
+    return size / (cluster.link_gbs(parallel.tp) * 1e9 * share)
+
+
 def _reduction(arch: Architecture, cluster: Cluster, training: Training) -> float:
     """Seconds to add gradients up over ranks and to gather parameters, once for each optimizer step."""
-    sharing = Sharing.of(training.ranks, training.parallel)
+    sharing, parallel = Sharing.of(training.ranks, training.parallel), training.parallel
+    dense, experts = _fullest(arch, parallel)
     seconds = 0.0
-    chunks = stage_sizes(arch, training.parallel, 0)
     for ranks, stride, size in (
-        (sharing.dense, training.parallel.tp, sum(sum(chunk.dense) for chunk in chunks)),
-        (sharing.experts, training.parallel.etp * training.parallel.ep, sum(sum(chunk.experts) for chunk in chunks)),
+        (sharing.dense, parallel.tp, dense),
+        (sharing.experts, parallel.etp * parallel.ep, experts),
     ):
         if ranks > 1:
             inside = ranks * stride <= cluster.gpus_per_node
@@ -262,6 +281,16 @@ def _reduction(arch: Architecture, cluster: Cluster, training: Training) -> floa
 def _optimizer(arch: Architecture, cluster: Cluster, training: Training) -> float:
     """Seconds of Adam: it reads and writes what it holds."""
     sharing = Sharing.of(training.ranks, training.parallel)
-    chunks = stage_sizes(arch, training.parallel, 0)
-    mine = sum(sum(c.dense) / sharing.dense + sum(c.experts) / sharing.experts for c in chunks)
+    dense, experts = _fullest(arch, training.parallel)
+    mine = dense / sharing.dense + experts / sharing.experts
     return mine * (4 + 2 * 12 + training.width) / (cluster.gpu.memory_gbs * 1e9 * 0.7)
+
+
+def _fullest(arch: Architecture, parallel: ParallelSection) -> tuple[int, int]:
+    """Parameters of a rank of the stage that has most: dense ones and experts'."""
+
+    def of(stage: int) -> tuple[int, int]:
+        chunks = stage_sizes(arch, parallel, stage)
+        return sum(sum(chunk.dense) for chunk in chunks), sum(sum(chunk.experts) for chunk in chunks)
+
+    return max((of(stage) for stage in range(parallel.pp)), key=sum)

@@ -30,6 +30,7 @@ LAYOUTS = {
     "one rank": (1, {}),
     "ep2": (2, {"ep": 2}),
     "pp2": (2, {"pp": 2}),
+    "pp3": (3, {"pp": 3}),
     "pp2xvpp2": (2, {"pp": 2, "vpp": 2}),
     "tp2xep2": (2, {"tp": 2, "ep": 2}),
     "tp2xetp2": (2, {"tp": 2, "etp": 2}),
@@ -125,3 +126,5 @@ def test_padding_of_buffers():
 def test_layers_are_cut_as_the_builder_does():
     parallel = ParallelSection(pp=2, vpp=2)
     assert chunks_of_stage(tiny("mixtral"), parallel, 1) == (range(1, 2), range(3, 4))
+    uneven = [chunks_of_stage(tiny("mixtral"), ParallelSection(pp=3), stage) for stage in range(3)]
+    assert uneven == [(range(0, 1),), (range(1, 3),), (range(3, 4),)]

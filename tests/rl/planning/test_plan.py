@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rl.cli import app
-from rl.config import from_dict, load
+from rl.config import ConfigError, from_dict, load
 from rl.planning import advice as advising
 from rl.planning.advice import advise, apply
 from rl.planning.cluster import GIB, cluster_of
@@ -159,12 +159,12 @@ def test_a_model_on_disk_comes_first(tmp_path):
     [
         ({"plan": {"dimensions": None}}, "found neither"),
         ({"plan": {"dimensions": "nowhere.json"}}, "nowhere.json"),
-        ({"trainer": {"parallel": {"pp": 8, "vpp": 4}}}, "must divide 48 layers"),
-        ({"trainer": {"parallel": {"ep": 8, "tp": 8}, "sequence_parallel": True}}, "4 key/value heads"),
+        ({"trainer": {"parallel": {"pp": 8, "vpp": 4}}}, "virtual stages are cut evenly"),
+        ({"trainer": {"parallel": {"ep": 8, "tp": 8}, "sequence_parallel": True}}, "key/value heads"),
     ],
 )
 def test_what_cannot_be_planned(sections, message):
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises((ConfigError, PlanError), match=message):
         make_plan(configuration(**sections))
 
 
@@ -203,6 +203,6 @@ def test_the_command(tmp_path, monkeypatch):
     over = run(recipe, "plan.gpu=h100")
     assert over.exit_code == 1
     assert "would fit with" in over.output
-    assert run(recipe, "trainer.parallel.pp=7").exit_code == 2
+    assert run(recipe, "trainer.parallel.tp=8", "trainer.sequence_parallel=true").exit_code == 2
     assert run(recipe, "trainer.parallel.nope=7").exit_code == 2
     assert run("nowhere.yaml").exit_code == 2
