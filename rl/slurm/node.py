@@ -29,6 +29,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rl.config import ConfigError, RunConfig, load
@@ -37,8 +38,8 @@ from rl.placement import Placement, place
 from rl.slurm import control, network
 from rl.slurm.ray_node import NodeSettings, RayNode, RayStartError
 
-# Exit codes beside those of rl.cli: a node was lost; time was over, and no checkpoint was made since the job began.
-NODE_LOST, OUT_OF_TIME = 76, 124
+# Exit codes beside those of rl.cli: a node was lost; no checkpoint was made in this attempt's time; SIGTERM.
+NODE_LOST, OUT_OF_TIME, TERMINATED = 76, 124, 143
 STOPPED = 75
 _NO_FAULT_OF_NODES = (0, 2, 3, STOPPED)
 
@@ -87,16 +88,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     task = _parse(arguments)
     is_head = task.node == task.nodes[0]
     code = 1
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         config = load(Path(task.recipe), list(task.overrides))
         code = _head(task, config) if is_head else _other(task, config)
     except (ConfigError, control.ControlError, network.NetworkError, RayStartError) as error:
         print(f"{task.node}: {error}", file=sys.stderr, flush=True)
         code = 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        code = TERMINATED
     finally:
         if is_head:  # srun's own code is the largest of all nodes'
             write_atomic(task.state / "code", f"{code}\n".encode())
     return code
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """The job is cancelled: clean up in the seconds that Slurm gives (KillWait), and do not be disturbed in it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 # ------------------------------------------------------------------ the head
@@ -131,6 +141,21 @@ def _run(task: Task, config: RunConfig, address: str, channel: control.HeadContr
     checkpoints = config.output_dir / "checkpoints"
     begun_with = _newest(checkpoints)
     process = subprocess.Popen([*train, f"ray.address={address}", "--resume", "auto"], stdin=subprocess.DEVNULL)
+    try:
+        return _watch(task, process, checkpoints, begun_with, channel)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _watch(
+    task: Task,
+    process: subprocess.Popen[bytes],
+    checkpoints: Path,
+    begun_with: str | None,
+    channel: control.HeadControl,
+) -> int:
+    """Until the run is over, by itself or because it has to be: exit code. ``begun_with``: newest checkpoint before."""
     end = None  # when the run is ended if it does not end by itself
     while process.poll() is None:
         if channel.lost:

@@ -191,6 +191,23 @@ def test_two_jobs_on_the_same_nodes_have_clusters_of_their_own(cluster, director
         assert not list((cluster.directory / f"tmp-{name}").glob("ultraep-*"))
 
 
+def test_cancelled_and_submitted_again(cluster, directory):
+    """A cancelled job leaves nothing on its nodes, and its run goes on in another job."""
+    script = launcher_script(directory, tiny(directory, 160, checkpoint__every=5), "#SBATCH --time=60")
+    job = Job.submit(cluster, directory, script)
+    job.until(lambda: job.steps >= 8, "eight steps")
+    job.command("scancel", str(job.number))
+    assert job.end().startswith("CANCELLED"), job.output
+    job.until(lambda: job.command("sinfo", "-h", "-o", "%T").strip() == "idle", "idle nodes", 120)
+    for name in ("n1", "n2"):
+        assert not list((cluster.directory / f"tmp-{name}").glob("ultraep-*"))
+    again = Job.submit(cluster, directory, script)
+    assert again.end() == "COMPLETED 0:0", again.output
+    print(again.output)
+    assert len(sessions(directory / "run")) == 2
+    prompts_in_order(directory / "run", 160, 80, PER_STEP)
+
+
 @pytest.mark.skipif(
     sys.version_info[:2] != (3, 11), reason="tests what megatron.training of 0.19.2 does on Python 3.11"
 )
