@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -6,7 +7,16 @@ import time
 
 import pytest
 
-from rl.ledger import FIELDS_THAT_MATTER, Ledger, LedgerError, StepRecord, differences, file_digest, items_digest
+from rl.ledger import (
+    FIELDS_THAT_MATTER,
+    Ledger,
+    LedgerError,
+    StepRecord,
+    differences,
+    file_digest,
+    items_digest,
+    line_digest,
+)
 
 CONFIG = {
     "run": {"name": "x", "seed": 0, "steps": 5},
@@ -343,3 +353,39 @@ def test_digests(tmp_path):
 
 def test_differences():
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3, "d": 4}}) == {"a.c": [2, 3], "a.d": [None, 4]}
+
+
+def chain_of(directory):
+    """Digests of lines as written, and as computed from the lines."""
+    before, computed = "", []
+    for line in lines(directory):
+        before = line_digest(before, line)
+        computed.append(before)
+    return [line["chain"] for line in lines(directory)], computed
+
+
+def test_every_line_has_the_digest_of_itself_and_of_those_before(tmp_path):
+    with create(tmp_path) as ledger:
+        for step in (1, 2, 3):
+            ledger.append(record(step))
+    written, computed = chain_of(tmp_path)
+    assert written == computed
+    assert len(set(written)) == 3
+    with resume(tmp_path, 2) as ledger:
+        ledger.append(dataclasses.replace(record(3), rewards={"mean": float("nan")}))
+        ledger.append(record(4))
+    again, computed = chain_of(tmp_path)
+    assert again == computed
+    assert again[:2] == written[:2]
+    assert again[2] != written[2]
+
+
+def test_lines_without_digests_are_continued(tmp_path):
+    with create(tmp_path) as ledger:
+        ledger.append(record(1))
+    (line,) = lines(tmp_path)
+    del line["chain"]
+    (tmp_path / "steps.jsonl").write_text(json.dumps(line) + "\n")
+    with resume(tmp_path, 1) as ledger:
+        ledger.append(record(2))
+    assert lines(tmp_path)[1]["chain"] == line_digest("", lines(tmp_path)[1])

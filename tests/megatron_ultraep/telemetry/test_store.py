@@ -1,9 +1,11 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from megatron_ultraep.layout import ExpertLayout
 from megatron_ultraep.telemetry import read
-from megatron_ultraep.telemetry.blocks import Shape, pack, row
+from megatron_ultraep.telemetry.blocks import Block, Shape, pack, row
 from megatron_ultraep.telemetry.store import ChunkStore
 from tests.megatron_ultraep.telemetry.plans import key, make_plan
 
@@ -99,3 +101,14 @@ def test_many_small_chunks_are_joined_when_thinned(tmp_path):
     files = [p for p in tmp_path.iterdir() if p.suffix == ".npz"]
     assert len(files) < 60
     assert len({r.key.step for r in read(tmp_path)}) == len(list(read(tmp_path)))
+
+
+def test_chunks_of_other_settings_are_not_joined(tmp_path):
+    store = ChunkStore(tmp_path, "a", 1 << 17)
+    for step in range(120):
+        store.write(dataclasses.replace(block(step, 1, 1), meta={"settings": step // 40}))
+        assert store.size <= 1 << 17
+    assert store.thinned > 0
+    blocks = [Block.read(path) for path in sorted(tmp_path.glob("*.npz"))]
+    assert all((np.unique(b.step // 40) == b.meta["settings"]).all() for b in blocks)
+    assert len(blocks) < sum(map(len, blocks)), "none were joined: nothing was tested"
