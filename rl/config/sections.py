@@ -293,7 +293,9 @@ class RaySection(Section):
 
     address: str | None = Field(None, description="Cluster to join; null: a private local instance, ended with us.")
     num_cpus: int | None = Field(None, ge=1, description="CPUs of the private instance; null: as many as actors ask.")
-    object_store_mib: int = Field(256, ge=80, description="MiB of the private instance's object store.")
+    object_store_mib: int = Field(
+        256, ge=80, description="MiB of the object store: of a private instance, or of each node of a Slurm job."
+    )
     temp_dir: ConfigPath | None = Field(
         None, description="Where Ray's files go, in a fresh directory that is removed at the end; null: /tmp."
     )
