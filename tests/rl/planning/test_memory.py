@@ -18,6 +18,7 @@ from rl.planning.memory import (
     slot_bytes,
     trainer_memory,
 )
+from rl.planning.parameters import total_parameters
 from tests.rl.planning.models import ROOT, published, tiny
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -194,3 +195,10 @@ def test_cache_of_a_token():
 
 def test_cache_of_a_latent():
     assert kv_bytes_per_token(published("deepseek-v3"), 2, 8) == 61 * (512 + 64) * 2
+
+
+def test_the_upcycled_model_is_counted():
+    arch = published("smollm2-moe")
+    assert arch.tied
+    # 134.5 million of SmolLM2-135M, whose 30 MLPs of 2.65 million are there eight times, and a router each.
+    assert total_parameters(arch) == 134_515_008 + 30 * (7 * 3 * 576 * 1536 + 8 * 576)
