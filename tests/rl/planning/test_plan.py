@@ -7,9 +7,6 @@ from typer.testing import CliRunner
 
 from rl.cli import app
 from rl.config import ConfigError, from_dict, load
-from rl.planning import advice as advising
-from rl.planning.advice import advise, apply
-from rl.planning.cluster import GIB, cluster_of
 from rl.planning.plan import PlanError, make_plan, read_dimensions
 from rl.planning.render import render
 from tests.rl.planning.models import ROOT, TINY
@@ -66,47 +63,6 @@ def test_a_plan_that_fits():
     assert "30.53 billion parameters" in text
     assert text.endswith("fits")
     assert json.loads(json.dumps(plan.to_json()))["fits"] is True
-
-
-def test_what_does_not_fit_gets_the_smallest_changes():
-    config = configuration(plan={"gpu": "h100", "dimensions": QWEN})
-    plan = make_plan(config)
-    assert not plan.fits
-    found = advise(config, plan)
-    assert found
-    costs = []
-    for each in found:
-        changed = apply(config, each.change)
-        assert changed is not None, f"{each.change} breaks a rule"
-        again = make_plan(changed)
-        memory = again.fullest if each.what.startswith("trainer") else again.engine
-        assert memory.total == each.bytes <= again.limit
-        costs.append(len(each.change))
-    assert len({each.render() for each in found}) == len(found)
-    text = render(config, plan, found)
-    assert "DOES NOT FIT" in text
-    assert f"would fit with ({found[0].bytes / GIB:.1f} GiB): {found[0].render()}" in text
-
-
-def test_advice_prefers_what_costs_little():
-    config = configuration(trainer={"recompute": "none"})
-    (first, *_) = advise(config, make_plan(config))
-    assert set(first.change) == {"trainer.recompute", "trainer.recompute_modules"}
-
-
-def test_advice_names_no_change_when_nothing_fits(monkeypatch):
-    monkeypatch.setattr(advising, "MOST_TRIED", 3)
-    config = configuration(trainer={"recompute": "none", "parallel": {"ep": 1}}, plan={"gpu": "h100"})
-    found = advise(config, make_plan(config))
-    assert found[-1].change == {}
-    assert "nothing that was tried fits" in render(config, make_plan(config), found)
-
-
-def test_engines_that_do_not_fit():
-    config = configuration(rollout={"kv_cache_gib": 100.0})
-    plan = make_plan(config)
-    assert [what for what, _ in plan.over] == ["engine GPU"]
-    assert advise(config, plan)[0].change == {"rollout.kv_cache_gib": 50.0}
 
 
 def test_balancing_takes_slots_and_saves_activations():
@@ -172,11 +128,6 @@ def test_a_model_that_is_not_supported(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(PlanError, match="unheard_of"):
         make_plan(configuration(model={"path": str(tmp_path)}))
-
-
-def test_an_unknown_gpu():
-    with pytest.raises(ValueError, match="h100"):
-        cluster_of("abacus", 8, 50.0)
 
 
 def test_refusals_of_today_are_named():
