@@ -1,9 +1,16 @@
 """A run whose iterations are profiled: traces of driver, ranks and engines, and the numbers of the run without."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from megatron_ultraep.runtime import ranges
+from rl.config import from_dict
 from rl.metrics import read_metrics
+from rl.orchestration.profiling import profiled
+from rl.rollout.fleet import EngineDied
 from tests.rl.orchestration.command import Command, tiny_config
+from tests.rl.test_config import changed
 from tests.rl.training.profiled import range_names
 
 CHANGES = {
@@ -60,3 +67,66 @@ def test_traces_of_profiled_iterations(tmp_path):
                     assert rank[f"layer {layer} moe forward | {key}"] == 1
                     assert rank[f"layer {layer} backward | {key}"] == int(pass_ == "train")
         assert {"balance: plan", "optimizer", "export", "logprobs", "values", "train"} <= set(rank)
+
+
+class Processes:
+    """A pool of engines or a trainer that notes what it is told; engine 1 is dead."""
+
+    def __init__(self, told, dead=()):
+        self.told, self.dead = told, dead
+
+    def indices(self):
+        return [0, 1, 2]
+
+    def profile(self, settings, paths):
+        for index, path in paths.items():
+            if index in self.dead:
+                raise EngineDied(f"engine {index} died")
+            self.told.append((index, path.name))
+
+    def end_profile(self, indices):
+        self.told.append(list(indices))
+        return []
+
+
+@pytest.fixture
+def state(tmp_path):
+    raw = changed(
+        ("profile", {"steps": [2], "engines": True, "ranks": None}),
+        ("run.output_dir", str(tmp_path)),
+        ("trainer.ranks", 2),
+    )
+    said, trainer, pool = [], [], []
+    return SimpleNamespace(
+        config=from_dict(raw),
+        directory=tmp_path,
+        step=1,
+        trainer=Processes(trainer),
+        pool=Processes(pool, dead=(1,)),
+        say=said.append,
+        said=said,
+    )
+
+
+def test_an_engine_that_died_has_no_trace_and_ends_no_run(state):
+    with profiled(state):
+        assert ranges.on()
+    assert not ranges.on()
+    assert state.trainer.told == [(0, "step_00002_rank_0.json.gz"), (1, "step_00002_rank_1.json.gz"), [0, 1]]
+    assert state.pool.told == [(0, "step_00002_engine_0.json.gz"), (2, "step_00002_engine_2.json.gz"), [0], [2]]
+    assert state.said[0] == "no trace of engine 1: engine 1 died"
+    assert "iteration" in range_names(state.directory / "profile" / "step_00002_driver.json.gz").popitem()[0]
+
+
+def test_other_iterations_are_as_they_are(state):
+    state.step = 2
+    with profiled(state):
+        assert not ranges.on()
+    assert state.trainer.told == state.pool.told == []
+
+
+def test_an_iteration_that_raises_leaves_nothing(state):
+    with pytest.raises(KeyError), profiled(state):
+        raise KeyError
+    assert not ranges.on()
+    assert not (state.directory / "profile").exists()
