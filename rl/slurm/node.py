@@ -5,7 +5,7 @@
 1. The head (the first of ``--nodes``) makes a token, starts Ray on a free port of the job's, and writes where it is to
    ``DIR/head.json``. DIR is the attempt's own directory, on a file system that all nodes share.
 2. Other nodes read it, report to the head (``rl.slurm.control``) and start Ray for its address, with its token: Ray
-   itself (2.52 and later) turns away who has another. Nobody looks for a cluster, so nobody finds a stranger's.
+   itself turns away who has another. Nobody looks for a cluster, so nobody finds a stranger's.
 3. When all are there, the head runs ``ultraep-rl train ... ray.address=HEAD --resume auto``.
 4. It ends with the run's exit code, or with 76 when a node was lost; the launcher makes a requeue of 75 and 76.
 
@@ -46,6 +46,7 @@ _NO_FAULT_OF_NODES = (0, 2, 3, STOPPED)
 _HEAD_S = 600.0  # for the head to be there
 _JOIN_S = 600.0  # for all nodes to be there
 _BEFORE_END_S = 60.0  # before the job's time is over, to end a run that did not stop by itself
+_ASK_AGAIN_S = 5.0
 _TERM_S = 45.0  # for a run that was sent SIGTERM
 
 
@@ -89,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_head = task.node == task.nodes[0]
     code = 1
     signal.signal(signal.SIGTERM, _interrupt)
+    # Who is started from here ignores it too: the run until it listens, and Ray for good.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         config = load(Path(task.recipe), list(task.overrides))
         code = _head(task, config) if is_head else _other(task, config)
@@ -157,6 +160,7 @@ def _watch(
 ) -> int:
     """Until the run is over, by itself or because it has to be: exit code. ``begun_with``: newest checkpoint before."""
     end = None  # when the run is ended if it does not end by itself
+    asked = 0.0
     while process.poll() is None:
         if channel.lost:
             _say(f"lost {', '.join(channel.lost)}: ending the run")
@@ -164,8 +168,10 @@ def _watch(
             return NODE_LOST
         if end is None and (until := _asked_to_stop(task.state / "stop")) is not None:
             _say("asked to stop")
-            process.send_signal(signal.SIGUSR1)
             end = until - min(_BEFORE_END_S, (until - time.time()) / 2)
+        if end is not None and time.monotonic() > asked + _ASK_AGAIN_S:  # it may not have listened yet
+            process.send_signal(signal.SIGUSR1)
+            asked = time.monotonic()
         if end is not None and time.time() > end:
             _terminate(process)
             if process.returncode in (0, 3, STOPPED):

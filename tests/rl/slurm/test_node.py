@@ -16,7 +16,10 @@ from rl.slurm.node import NODE_LOST, OUT_OF_TIME, STOPPED
 RUN = """
 import signal, sys, time, pathlib
 stop, checkpoint, code = sys.argv[1:4]
-if stop == "after the iteration":
+if stop == "late":  # while it imports
+    pathlib.Path("up").touch()
+    time.sleep(2)
+if stop != "never":
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
 else:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -78,6 +81,16 @@ def test_asked_to_stop(task, monkeypatch, made, code):
     """It goes on from a checkpoint that this attempt made; without one it would never get any further."""
     checkpoint = str(task.state / "run" / "checkpoints" / "step_00000004") if made else ""
     assert run(task, monkeypatch, checkpoint=checkpoint, until="") == code
+
+
+def test_asked_to_stop_before_it_listens(task, monkeypatch):
+    monkeypatch.setattr(node, "_ASK_AGAIN_S", 0.5)
+    before = node.signal.signal(node.signal.SIGUSR1, node.signal.SIG_IGN)  # as main does
+    try:
+        checkpoint = str(task.state / "run" / "checkpoints" / "step_00000004")
+        assert run(task, monkeypatch, stop="late", checkpoint=checkpoint, until="") == STOPPED
+    finally:
+        node.signal.signal(node.signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize(("made", "code"), [(False, OUT_OF_TIME), (True, STOPPED)])
