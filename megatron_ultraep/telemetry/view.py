@@ -69,10 +69,11 @@ def _page(collector: Collector, title: str, more: Mapping[str, Any] | None = Non
 
 
 def _meta_facts(meta: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What all recorders were given alike."""
+    """What all recorders were given alike, but what is kept for verification (mappings)."""
     given = list(meta.values())
     alike = {k: v for k, v in given[0].items() if all(m.get(k) == v for m in given)} if given else {}
-    return [f"{name}: {value}" for name, value in list(alike.items())[:8]]
+    plain = [(name, value) for name, value in alike.items() if not isinstance(value, Mapping)]
+    return [f"{name}: {value}" for name, value in plain[:8]]
 
 
 def _losses(records: Records) -> list[str]:
