@@ -392,6 +392,13 @@ def ensure_scratch_buffer() -> None:
         parallel_state._set_global_memory_buffer()
 
 
+def rotary_module() -> Any:
+    """Where Megatron's attention looks its rotary embeddings up."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    return rope_utils
+
+
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:
     """The GPTModel inside DistributedDataParallel and Float16Module."""
     while hasattr(module, "module"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megatron_ultraep.megatron import compat, cpu
+from megatron_ultraep.megatron import compat, cpu, rotary
 from megatron_ultraep.megatron.groups import ModelGroups
 from rl.models.architecture import Architecture, UnsupportedModel
 from rl.models.attention import PackedAttention, RMSNorm, WholeKeyNorm, WholeQueryNorm
@@ -277,6 +277,7 @@ def build_model(
     if te and dtype == torch.float64:
         raise UnsupportedModel("Transformer Engine has no float64: set model.dtype to bfloat16 or float32")
     compat.ensure_scratch_buffer()
+    rotary.install()
     where = groups.coordinates
     compat.seed_rng(seed, tp_rank=where["tp"], ep_rank=where["ep"], etp_rank=where["etp"])
     config = _transformer_config(arch, groups, dtype, recompute or Recompute(), te, permute_fusion)

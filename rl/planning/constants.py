@@ -53,11 +53,10 @@ DECODE_SAMPLE_S = 0.00034
 runs of benchmarks/results/stream-real-gpu.json, 30 layers: 9.62 - 1.59 s of generation with 256 samples on an engine
 and 6.50 - 1.27 s with 128, of 128 steps each, solved for the two."""
 
-SEQUENCE_LAYER_S = 0.00055
-"""Host time of a packed sequence in one layer, forward; backward takes twice that. Megatron's unfused rotary embedding
-of packed sequences is a Python loop over them, so many short samples wait for the host. Source: as above, one-step:
-17.06 s for 256 sequences in 30 layers of one rank, old log-probs and training (four forwards' worth); the split between
-them was not measured."""
+LAYER_HOST_S = 0.0039
+"""Host time of one layer in one micro-batch, forward; backward takes twice that. Source:
+benchmarks/results/layer-gpu-ep4.json, stock, 32 experts with balanced routes, where the host was slower than the GPUs:
+11.7 ms forward and backward of a MoE layer."""
 
 NVLINK_EFFICIENCY = 0.78
 """Share of NVLink's data sheet that transfers reach. Source: benchmarks/results/transfer-gpu.json (349 of 450 GB/s)."""

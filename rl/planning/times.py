@@ -153,10 +153,10 @@ def one_pass(
     per_rank = batch.tokens * parallel.tp * parallel.pp / ranks / (batch.mini_batches if backward else 1)
     micro_batches = max(1.0, -(-per_rank // training.tokens_per_micro_batch))
     bubble = (micro_batches + (parallel.pp - 1) / parallel.vpp) / micro_batches
-    sequences = batch.samples * parallel.tp * parallel.pp / ranks
-    host = sequences * arch.layers / parallel.pp * constants.SEQUENCE_LAYER_S * (passes + (1.0 if again else 0.0))
     computing = work / (ranks * gpu.tflops * 1e12 * efficiency)
     forwards = passes + (1.0 if again else 0.0)
+    updates = batch.mini_batches if backward else 1
+    host = updates * micro_batches * arch.layers / parallel.pp * constants.LAYER_HOST_S * forwards
     dispatching = forwards * _dispatch(arch, batch, cluster, training)
     gathering = forwards * _gathering(arch, batch, cluster, training)
     moving = dispatching + gathering
