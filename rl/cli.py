@@ -115,7 +115,7 @@ def verify_eval(
 ) -> None:
     """Score the saved evaluation samples again; end with 1 if a recorded reward differs, 3 if a threshold is missed."""
     from rl.rewards.loading import RewardLoadError
-    from rl.verification import verify_eval as verify
+    from rl.verification.evaluations import verify_eval as verify
 
     try:
         result = verify(run_directory)
@@ -134,7 +134,7 @@ def verify(
 ) -> None:
     """Check from its files that a run fits together: ledger, prompts, metrics, data, routes, plans, checkpoints and
     evaluations; end with 1 if something does not, 3 if a threshold is missed."""
-    from rl.verifying import verify_run
+    from rl.verification.run import verify_run
 
     try:
         result = verify_run(run_directory, rewards=rewards)

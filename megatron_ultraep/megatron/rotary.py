@@ -1,7 +1,7 @@
 """Rotary embeddings of packed sequences, all at once.
 
-Megatron-core's unfused rotary embedding takes packed sequences apart and goes over them in Python, for queries and keys
-of every layer, after asking the GPU for their lengths; in 0.19 each of them is written into a slice of the result, whose
+Megatron-core's unfused rotary embedding takes packed sequences apart and goes over them in Python, for queries and
+keys of every layer, after asking the GPU for their lengths; in 0.19 each is written into a slice of the result, whose
 backward copies the whole of it again: time that grows with the square of the number of sequences. Here the row of the
 table is looked up for every token: the same numbers, in a few kernels, and the host does not wait.
 """
@@ -17,7 +17,7 @@ from megatron_ultraep.megatron import compat
 
 
 def install() -> None:
-    """Replace Megatron-core's, in this process; where sequences are cut over context-parallel ranks, stock is called."""
+    """Replace Megatron-core's in this process; with context-parallel ranks, which cut sequences, stock is called."""
     module = compat.rotary_module()
     stock = module._apply_rotary_pos_emb_thd
     if hasattr(stock, "__wrapped__"):

@@ -17,8 +17,8 @@ from rl.cli import app
 from rl.ledger import Ledger, line_digest
 from rl.metrics import METRICS, read_metrics
 from rl.orchestration.steps import short_digest
-from rl.verification import verify_eval
-from rl.verifying import verify_run
+from rl.verification.evaluations import verify_eval
+from rl.verification.run import verify_run
 from tests.rl.orchestration.command import Command, ledger_lines, tiny_config
 
 STEPS, LAYERS, EXPERTS, BUDGET = 2, 2, 8, 640

@@ -8,7 +8,7 @@
 6. Plans: every stored plan is the planner's for the stored loads (:mod:`megatron_ultraep.telemetry.verify`).
 7. Loads: what was balanced in training is what the traces' routes add up to.
 8. Checkpoints: each is of a step of the ledger, and continues after its prompts.
-9. Evaluations: metrics are those of the saved samples; rewards are computed again (:mod:`rl.verification`).
+9. Evaluations: metrics are those of the saved samples; rewards are computed again (:mod:`rl.verification.evaluations`).
 
 What cannot be checked is said with the reason, and is no mismatch. Nothing in the run directory is changed.
 """
@@ -31,7 +31,7 @@ from rl.evaluation import eval_files, eval_metrics, read_eval, summarize_samples
 from rl.files import read_json_lines
 from rl.ledger import Ledger, LedgerError, StepRecord, line_digest
 from rl.metrics import read_metrics
-from rl.verification import run_config, verify_eval
+from rl.verification.evaluations import run_config, verify_eval
 
 _SHOWN = 20  # mismatches of one check in the table; the count says how many there are
 

@@ -10,7 +10,7 @@ from rl.config import from_dict, to_dict
 from rl.evaluation import eval_metrics, summarize_samples, write_eval
 from rl.ledger import Ledger, LedgerError, StepRecord
 from rl.metrics import MetricLogger
-from rl.verifying import verify_run
+from rl.verification.run import verify_run
 from tests.rl.test_config import changed
 from tests.rl.test_evaluation import make_sample
 

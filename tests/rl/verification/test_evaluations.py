@@ -5,7 +5,7 @@ import pytest
 from rl.config import from_dict, to_dict
 from rl.evaluation import read_eval, write_eval
 from rl.ledger import Ledger, LedgerError
-from rl.verification import run_config, verify_eval
+from rl.verification.evaluations import run_config, verify_eval
 from tests.rl.test_config import changed
 from tests.rl.test_evaluation import make_sample
 

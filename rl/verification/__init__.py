@@ -1,0 +1,1 @@
+"""Is what a run wrote what it did? From the files alone: the whole run, or its evaluations only."""
