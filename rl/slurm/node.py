@@ -47,6 +47,7 @@ _HEAD_S = 600.0  # for the head to be there
 _JOIN_S = 600.0  # for all nodes to be there
 _BEFORE_END_S = 60.0  # before the job's time is over, to end a run that did not stop by itself
 _ASK_AGAIN_S = 5.0
+_CANCEL_S = 2.0  # for Ray to end by itself when the job is cancelled: Slurm kills after KillWait, 30 s
 _TERM_S = 45.0  # for a run that was sent SIGTERM
 
 
@@ -131,6 +132,9 @@ def _head(task: Task, config: RunConfig) -> int:
         offered = _wait_for_ray(where, task.nodes, channel)
         _check_room(place(config), offered)
         return _run(task, config, where, channel)
+    except KeyboardInterrupt:
+        ray_node.stop(grace_s=_CANCEL_S)
+        raise
     finally:
         channel.end()
         for name in ("head.json", "attach.env"):  # the token dies with its cluster
@@ -220,6 +224,7 @@ def _wait_for_ray(address: str, nodes: Sequence[str], channel: control.HeadContr
         return dict(ray.cluster_resources())
     finally:
         ray.shutdown()
+        signal.signal(signal.SIGTERM, _interrupt)  # Ray took it over
 
 
 def _check_room(wanted: Placement, offered: dict[str, float]) -> None:
@@ -276,6 +281,9 @@ def _other(task: Task, config: RunConfig) -> int:
         try:
             _say(f"{task.node}: joined {head['ray']} from {address} ({interface})")
             over = channel.wait_for_end()
+        except KeyboardInterrupt:
+            ray_node.stop(grace_s=_CANCEL_S)
+            raise
         finally:
             ray_node.stop(keep_logs=task.state / f"{task.node}.workers")
     finally:

@@ -58,6 +58,7 @@ class RayNode:
         self.settings = settings
         self.port = port
         self._process = process
+        self._stopped = False
 
     @classmethod
     def head(cls, settings: NodeSettings, job: int) -> RayNode:
@@ -97,16 +98,20 @@ class RayNode:
     def running(self) -> bool:
         return self._process.poll() is None
 
-    def stop(self, keep_logs: Path | None = None) -> None:
-        """End all of it and remove its files.
+    def stop(self, keep_logs: Path | None = None, grace_s: float = _STOP_S) -> None:
+        """End all of it and remove its files; calling it again does nothing.
 
         Args:
             keep_logs: directory that gets what workers printed; None: it is not kept.
+            grace_s: for Ray to end by itself.
         """
+        if self._stopped:
+            return
+        self._stopped = True
         directory = self.settings.directory
         self._process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STOP_S)
+            self._process.wait(grace_s)
         end_users(directory)
         self._process.kill()
         self._process.wait()
