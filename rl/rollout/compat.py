@@ -5,6 +5,7 @@ All imports of vLLM are inside functions: the version check, and whatever only n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,6 +112,20 @@ def shut_down(engine: Any) -> None:
 
     engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
+
+
+def rank_processes(engine: Any) -> list[Any]:
+    """The processes of an engine's tensor-parallel ranks, in their order; empty when the only one is in this process.
+
+    Each is a ``multiprocessing`` process.
+    """
+    executor = engine.engine_core.engine_core.model_executor
+    return [worker.proc for worker in getattr(executor, "workers", None) or ()]
+
+
+def shared_memory_name() -> str:
+    """In a rank's process on CPUs: what the names of its segments in shared memory begin with; "" without any."""
+    return os.environ.get("VLLM_DIST_IDENT", "")
 
 
 def model_shape(engine: Any) -> tuple[int, int]:

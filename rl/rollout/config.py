@@ -23,9 +23,9 @@ class EngineConfig:
         max_model_len: most tokens of one sample, prompt and response together.
         max_num_seqs: samples computed at the same time.
         max_num_batched_tokens: most tokens of one engine step; None: vLLM's choice.
-        kv_cache_memory_bytes: size of the key-value cache.
+        kv_cache_memory_bytes: size of the key-value cache, of each rank.
         block_size: tokens per key-value block; the CPU backend wants a multiple of 32.
-        tensor_parallel: tensor-parallel ranks of the engine; only 1 is tested.
+        tensor_parallel: tensor-parallel ranks of the engine, on one machine; above 1, each is a process of its own.
         enforce_eager: no CUDA graphs and no compilation; always so on CPU.
         seed: of whatever has no seed of its own; requests always have one.
         sleep_mode: the engine can free its device memory in between (colocated with a trainer); CUDA only, vLLM
@@ -67,8 +67,13 @@ class EngineConfig:
             problems.append(f"block_size must be a multiple of 32 on the CPU backend, got {self.block_size}")
         if self.sleep_mode and self.device != "cuda":
             problems.append("sleep_mode must be false on CPU, where vLLM has none")
-        if self.tensor_parallel != 1:
-            problems.append(f"tensor_parallel must be 1 (nothing else is tested), got {self.tensor_parallel}")
+        if self.tensor_parallel < 1:
+            problems.append(f"tensor_parallel must be >= 1, got {self.tensor_parallel}")
+        if self.sleep_mode and self.tensor_parallel > 1:
+            problems.append(
+                f"sleep_mode must be false for an engine of several ranks, which was not tried, got tensor_parallel "
+                f"{self.tensor_parallel}"
+            )
         if not (Path(self.model_path) / "config.json").is_file():
             problems.append(f"model_path must be a Hugging Face directory with a config.json, got {self.model_path}")
         for name in ("start_timeout_s", "generate_timeout_s", "update_timeout_s", "stop_timeout_s"):
@@ -127,6 +132,9 @@ def engine_environment(device: Device = "cpu") -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        # Of ranks that are processes: they inherit no threads, and one that does not end is ended soon.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         # Prefix-cache keys hash with Python's seed; engines that share keys must share it.
         "PYTHONHASHSEED": "0",

@@ -24,6 +24,7 @@ import vllm.v1.worker.cpu_worker as stock  # must precede other worker modules: 
 from vllm.distributed.aux_output_connector.worker import get_aux_output_connector
 
 from rl.rollout.compat import UnexpectedVllm
+from rl.rollout.ranks import end_with_engine
 from rl.rollout.vllm_plugin import register
 
 
@@ -96,6 +97,7 @@ class RolloutCPUWorker(stock.CPUWorker):
     """vLLM's CPU worker, with the runner above."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        end_with_engine()  # while it loads, too
         register()  # a worker process of its own may not have the entry point
         super().__init__(*args, **kwargs)
 

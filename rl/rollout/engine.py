@@ -34,9 +34,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from megatron_ultraep.replay import histogram, layer_digests
-from megatron_ultraep.runtime.profiler import ProfileSettings, Window
+from megatron_ultraep.runtime.profiler import ProfileSettings
 from rl.rollout import compat, model_files, routes, validation, weights
 from rl.rollout.config import Device, EngineConfig, Sampling, derive_seed, engine_environment
+from rl.rollout.ranks import call_ranks, forget_shared_memory
 from rl.rollout.stepper import EngineFailed, EngineThread, Request
 from rl.rollout.validation import RefusedSample
 from rl.transfer.links import Membership
@@ -63,6 +64,7 @@ class EngineInfo:
         start_s: seconds that the start took.
         pid: process id.
         kv_tokens: tokens whose keys and values the cache holds.
+        rank_pids: processes of its tensor-parallel ranks; empty when the only one is in the engine's process.
     """
 
     vllm_version: str
@@ -72,6 +74,7 @@ class EngineInfo:
     start_s: float
     pid: int
     kv_tokens: int = 0
+    rank_pids: tuple[int, ...] = ()
 
 
 @dataclass
@@ -107,7 +110,6 @@ class RolloutEngine:
         self._manifest: dict[str, tuple[int, ...]] = {}
         self._optional: tuple[str, ...] = ()
         self._finished: dict[str, Sample] = {}  # of groups that still run
-        self._window: Window | None = None
         _set_environment(config.device)
 
     # ------------------------------------------------------------------ life
@@ -131,7 +133,8 @@ class RolloutEngine:
         shape = await self._call(_describe, self.config.start_timeout_s, "its model's shape")
         moe_layers, experts, topk, kv_tokens = shape
         seconds = time.monotonic() - started
-        self.info = EngineInfo(version, moe_layers, experts, topk, seconds, os.getpid(), kv_tokens)
+        pids = self._thread.rank_pids
+        self.info = EngineInfo(version, moe_layers, experts, topk, seconds, os.getpid(), kv_tokens, pids)
         self._up.set()
         return self.info
 
@@ -167,13 +170,19 @@ class RolloutEngine:
             arguments["max_num_batched_tokens"] = config.max_num_batched_tokens
         if config.capture_routes and model_files.is_moe(Path(config.model_path)):
             arguments["enable_return_routed_experts"] = True
+        if config.tensor_parallel > 1:
+            # Children of this process, on its GPUs; inside a Ray actor vLLM might choose Ray.
+            arguments["distributed_executor_backend"] = "mp"
         if config.device == "cuda":
             # Only demanded free at the start: the key-value cache has a size of its own, and a trainer may be there.
             arguments["gpu_memory_utilization"] = 0.01
         if config.device == "cpu":
             arguments["worker_cls"] = "rl.rollout.cpu_worker.RolloutCPUWorker"
         vllm = compat.engine_api()
-        return vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments))
+        engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments))
+        if config.tensor_parallel > 1:
+            forget_shared_memory(call_ranks(engine, "ultraep_settle_in")[0])
+        return engine
 
     async def stop(self) -> None:
         """End the engine and free its memory; running requests fail with ``EngineFailed``.
@@ -217,7 +226,7 @@ class RolloutEngine:
 
         Raises:
             EngineTimeout: not all done within ``generate_timeout_s``; what ran was aborted.
-            EngineFailed: the engine died.
+            EngineFailed: the engine died; ``RankDied`` if the process of one of its ranks did.
             TornWeights: a weight update broke off and was not repeated.
         """
         work = [self._sample(prompt, sample_id, sampling, seed, None) for sample_id in sample_ids]
@@ -480,7 +489,7 @@ class RolloutEngine:
         """
 
         def join(engine: Any) -> None:
-            engine.collective_rpc("ultraep_transfer_join", args=(membership, self.index))
+            call_ranks(engine, "ultraep_transfer_join", membership, self.index)
 
         await self._call(join, membership.limits.join_s + self.config.update_timeout_s, "joining a weight transfer")
 
@@ -520,7 +529,7 @@ class RolloutEngine:
                 )
             self._torn = f"to version {version}"
             try:
-                engine.collective_rpc("ultraep_update_weights", args=(list(chunks), manifest, timeout))
+                weights.update_ranks(engine, chunks, manifest, timeout)
             except Exception as error:
                 self._torn = f"to version {version}: {error}"
                 raise weights.TornWeights(f"engine {self.index}: the update {self._torn}; send it again") from error
@@ -573,23 +582,25 @@ class RolloutEngine:
     # ------------------------------------------------------------------ profiling
 
     async def profile(self, settings: ProfileSettings, path: str) -> None:
-        """Begin a profiled window on the engine's thread; vLLM runs there, so its own profiler is not needed.
+        """Begin a profiled window where the engine's first rank computes: on the engine's thread, if it has but one.
 
         Args:
             settings: how.
             path: of the trace.
         """
-        window = Window(settings, Path(path))
-        await self._call(lambda engine: window.start(), self.config.update_timeout_s, "starting a profiled window")
-        self._window = window
+
+        def begin(engine: Any) -> None:
+            call_ranks(engine, "ultraep_profile", settings, path)
+
+        await self._call(begin, self.config.update_timeout_s, "starting a profiled window")
 
     async def end_profile(self) -> str | None:
         """End the window, if one is open; the trace that was written."""
-        window, self._window = self._window, None
-        if window is None:
-            return None
-        trace = await self._call(lambda engine: window.stop(), self.config.generate_timeout_s, "writing a trace")
-        return None if trace is None else str(trace)
+
+        def end(engine: Any) -> str | None:
+            return call_ranks(engine, "ultraep_end_profile")[0]
+
+        return await self._call(end, self.config.generate_timeout_s, "writing a trace")
 
     # ------------------------------------------------------------------ waiting
 
@@ -626,6 +637,6 @@ def _set_environment(device: Device) -> None:
 
 
 def _describe(engine: Any) -> tuple[tuple[int, ...], int, int, int]:
-    layers = tuple(engine.collective_rpc("ultraep_moe_layer_ids")[0])
+    layers = tuple(call_ranks(engine, "ultraep_moe_layer_ids")[0])
     experts, topk = compat.model_shape(engine) if layers else (0, 0)
     return layers, experts, topk, compat.cache_tokens(engine)

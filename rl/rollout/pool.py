@@ -31,6 +31,7 @@ from rl.rollout.config import EngineConfig, Sampling, engine_environment
 from rl.rollout.engine import EngineInfo, EngineTimeout
 from rl.rollout.fleet import EngineDied
 from rl.rollout.service import GenerationService
+from rl.rollout.stepper import RankDied
 from rl.rollout.streams import GroupOfSamples
 from rl.rollout.weights import Manifest
 from rl.shared_gpus import SharedGpus
@@ -78,7 +79,7 @@ class EnginePool:
         self._share = share
         self._service: GenerationService | None = None
         self._options: dict[str, Any] = {
-            "num_cpus": 1,
+            "num_cpus": config.tensor_parallel,
             "num_gpus": config.tensor_parallel if config.device == "cuda" else 0,
             "max_concurrency": _CALLS_PER_ENGINE,
             "max_restarts": 0,
@@ -350,6 +351,8 @@ def _future(
 
 
 def _translated(error: BaseException, engine: int, what: str) -> BaseException:
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, RankDied):
+        return EngineDied(f"engine {engine} died while we waited for {what}: {error.cause}")
     if isinstance(error, ray.exceptions.RayTaskError):
         # The actor's own exception, without Ray's wrapping in the message; its traceback is in the cause.
         return error.cause if isinstance(error.cause, Exception) else error

@@ -17,12 +17,17 @@ from typing import Any, TypeVar
 
 from megatron_ultraep.runtime import ranges
 from rl.rollout import compat
+from rl.rollout.ranks import RankWatch
 
 T = TypeVar("T")
 
 
 class EngineFailed(RuntimeError):
     """The engine raised while stepping, or was stopped; it serves no more requests."""
+
+
+class RankDied(EngineFailed):
+    """The process of one of the engine's ranks ended; the engine serves no more requests."""
 
 
 @dataclass
@@ -65,6 +70,8 @@ class EngineThread:
         self._commands: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._requests: dict[str, Request] = {}
         self._engine: Any = None
+        self._watch: RankWatch | None = None
+        self._dead_rank: str | None = None
         self._steps: dict[int, tuple[int, float]] = {}
         self._step_began: tuple[int, float] | None = None
         # A daemon: an engine that hangs must not keep the process alive.
@@ -143,6 +150,11 @@ class EngineThread:
             request.spans.append((start, version))
 
     @property
+    def rank_pids(self) -> tuple[int, ...]:
+        """Processes of the engine's ranks; empty when the only one is in this process."""
+        return () if self._watch is None else self._watch.pids
+
+    @property
     def running(self) -> int:
         return len(self._requests)
 
@@ -155,6 +167,7 @@ class EngineThread:
     def _main(self) -> None:
         try:
             self._engine = self._build()
+            self._watch = RankWatch(self._engine, self._rank_died)
         except BaseException as error:
             self.failure = error
             self.ready.set_exception(error)
@@ -167,12 +180,24 @@ class EngineThread:
                     with ranges.span("engine step"):
                         self._engine.step()
                     self._forget_finished()
-            self._fail(EngineFailed("the engine was stopped"))
+            self._fail(self._cause(EngineFailed("the engine was stopped")))
         except BaseException as error:
-            self._fail(error)
+            self._fail(self._cause(error))
         finally:
+            self._watch.stop()
             engine, self._engine = self._engine, None
             compat.shut_down(engine)
+
+    def _rank_died(self, which: str) -> None:
+        """From the watch's thread: end the engine's, which may wait for a command or for the rank."""
+        self._dead_rank = which
+        self._commands.put(None)
+
+    def _cause(self, error: BaseException) -> BaseException:
+        """The error, or the end of the rank that it comes from."""
+        assert self._watch is not None
+        self._watch.settle()
+        return error if self._dead_rank is None else RankDied(self._dead_rank)
 
     def _note_step(self) -> None:
         """The last step ends where the next begins; an engine without requests has none."""
@@ -200,7 +225,10 @@ class EngineThread:
             try:
                 future.set_result(function())
             except BaseException as error:
-                future.set_exception(error)
+                cause = self._cause(error)
+                if cause is not error:
+                    cause.__cause__ = error
+                future.set_exception(cause)
 
     def _forget_finished(self) -> None:
         for name in [name for name, request in self._requests.items() if request.output.done()]:
@@ -220,6 +248,9 @@ class EngineThread:
                 command[0].set_exception(self._error())
 
     def _error(self) -> EngineFailed:
-        error = EngineFailed(f"the engine serves no more requests: {self.failure!r}")
+        kind, why = (
+            (RankDied, f"{self.failure}") if isinstance(self.failure, RankDied) else (EngineFailed, f"{self.failure!r}")
+        )
+        error = kind(f"the engine serves no more requests: {why}")
         error.__cause__ = self.failure
         return error

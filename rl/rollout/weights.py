@@ -1,7 +1,7 @@
 """In-place weight updates: new tensors into a running engine, without a restart.
 
-The update is one call that starts, loads and finishes between two engine steps; as three calls, a step could run on
-half-loaded weights. Three stages, so that most mistakes cost nothing:
+The update starts, loads and finishes between two engine steps, in one command to the engine's thread: otherwise a step
+could run on half-loaded weights. Three stages, so that most mistakes cost nothing:
 
 1. Before anything is touched, names and shapes that are announced (the *manifest*) are compared with those of the
    checkpoint that the engine was started from (:func:`check_manifest`).
@@ -13,20 +13,26 @@ whole update succeeds.
 
 Memory: vLLM keeps the tensors of a layer until the layer is complete. Chunks in layer order cost one layer's weights
 above the engine's own; any order works.
+
+Ranks of an engine (``tensor_parallel`` > 1) are processes of their own that do not know Ray: the engine fetches
+each chunk once, and vLLM's message queue copies it to every rank. A direct transfer reaches each rank by itself.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rl.rollout import compat
+from rl.rollout.ranks import answered, call_ranks, end_with_engine
 
 if TYPE_CHECKING:  # they import torch, which who only checks manifests does without
+    from megatron_ultraep.runtime.profiler import ProfileSettings
     from rl.transfer.links import Membership
     from rl.transfer.receiver import Receiver
 
@@ -126,19 +132,40 @@ def fetch(chunks: Iterable[Any], timeout_s: float, receiver: Receiver | None = N
         TimeoutError: a chunk did not arrive in time.
         TransferError: a direct transfer broke off, or this worker has joined none.
     """
+    for number, chunk in enumerate(chunks):
+        yield from _pairs(here(chunk, number, timeout_s), receiver)
+
+
+def here(chunk: Any, number: int, timeout_s: float) -> Any:
+    """A chunk whose tensors are in this process, or that a rank's process can take from where they are.
+
+    References become dicts of torch tensors: a rank's process does not know Ray.
+
+    Raises:
+        TimeoutError: it did not arrive in time.
+    """
+    from rl.transfer.ipc import IpcHandles
+    from rl.transfer.receiver import Incoming
+
+    if isinstance(chunk, (Incoming, IpcHandles)):
+        return chunk
+    return {name: _as_tensor(tensor) for name, tensor in _resolve(chunk, number, timeout_s).items()}
+
+
+def _pairs(chunk: Any, receiver: Receiver | None) -> Iterator[tuple[str, Any]]:
+    """Of a chunk from :func:`here`."""
     from rl.transfer.ipc import IpcHandles
     from rl.transfer.links import TransferError
     from rl.transfer.receiver import Incoming
 
-    for number, chunk in enumerate(chunks):
-        if isinstance(chunk, Incoming):
-            if receiver is None:
-                raise TransferError("this engine has joined no transfer: call its transfer_join first")
-            yield from receiver.receive(chunk.plan)
-        elif isinstance(chunk, IpcHandles):
-            yield from chunk.open()
-        else:
-            yield from ((name, _as_tensor(tensor)) for name, tensor in _resolve(chunk, number, timeout_s).items())
+    if isinstance(chunk, Incoming):
+        if receiver is None:
+            raise TransferError("this engine has joined no transfer: call its transfer_join first")
+        yield from receiver.receive(chunk.plan)
+    elif isinstance(chunk, IpcHandles):
+        yield from chunk.open()
+    else:
+        yield from chunk.items()
 
 
 def _resolve(chunk: Any, number: int, timeout_s: float) -> Mapping[str, Any]:
@@ -162,35 +189,90 @@ def _as_tensor(value: Any) -> Any:
     return torch.from_numpy(value if value.flags.writeable else np.array(value))
 
 
+class Announced:
+    """Holds tensors, as they come, against a manifest."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._pending = {name: tuple(shape) for name, shape in manifest.items()}
+
+    def checked(self, pairs: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """Pass pairs on; raise at the first that was not announced, came before, or has another shape.
+
+        Raises:
+            WeightMismatch: see above.
+        """
+        for name, tensor in pairs:
+            shape = self._pending.pop(name, None)
+            if shape is None:
+                state = "twice" if name in self._manifest else "without being in the manifest"
+                raise WeightMismatch(f"tensor {name} came {state}: send each announced tensor once")
+            if tuple(tensor.shape) != shape:
+                raise WeightMismatch(f"tensor {name}: announced {list(shape)}, came {list(tensor.shape)}")
+            yield name, tensor
+
+    def all_came(self) -> None:
+        """
+        Raises:
+            WeightMismatch: an announced tensor has not come.
+        """
+        if self._pending:
+            lacking = ", ".join(sorted(self._pending)[:_SHOWN])
+            raise WeightMismatch(f"{len(self._pending)} announced tensors never came: {lacking}")
+
+
 def checked(pairs: Iterable[tuple[str, Any]], manifest: Manifest) -> Iterator[tuple[str, Any]]:
-    """Pass pairs on; raise at the first that was not announced, came before, or has another shape, or if one lacks.
+    """Pass all pairs of an update on, held against its manifest, at the end of which none may lack.
 
     Raises:
-        WeightMismatch: see above.
+        WeightMismatch: see :class:`Announced`.
     """
-    pending = {name: tuple(shape) for name, shape in manifest.items()}
-    for name, tensor in pairs:
-        shape = pending.pop(name, None)
-        if shape is None:
-            state = "twice" if name in manifest else "without being in the manifest"
-            raise WeightMismatch(f"tensor {name} came {state}: send each announced tensor once")
-        if tuple(tensor.shape) != shape:
-            raise WeightMismatch(f"tensor {name}: announced {list(shape)}, came {list(tensor.shape)}")
-        yield name, tensor
-    if pending:
-        raise WeightMismatch(f"{len(pending)} announced tensors never came: {', '.join(sorted(pending)[:_SHOWN])}")
+    announced = Announced(manifest)
+    yield from announced.checked(pairs)
+    announced.all_came()
+
+
+def update_ranks(engine: Any, chunks: Sequence[Any], manifest: Manifest, timeout_s: float) -> None:
+    """Load all chunks in place on every rank of an engine; to be called between two of its steps.
+
+    Each rank is handed whole tensors, one chunk at a time, and keeps its part of them.
+
+    Raises:
+        Exception: of fetching, checking or loading. The weights are then a mixture.
+    """
+    call_ranks(engine, "ultraep_begin_update", manifest)
+    whole = False
+    try:
+        for number, chunk in enumerate(chunks):
+            call_ranks(engine, "ultraep_load", here(chunk, number, timeout_s))
+        whole = True
+    finally:
+        # Puts layers back into the form that they compute with, also after a mistake.
+        call_ranks(engine, "ultraep_end_update", whole)
 
 
 class WeightUpdateExtension:
-    """What the engine's worker can do besides (vLLM mixes this into its worker class, ``worker_extension_cls``)."""
+    """What the engine's workers can do besides (vLLM mixes this into its worker class, ``worker_extension_cls``).
+
+    All methods are for ``ranks.call_ranks``. An update is three calls, between which no step may run.
+    """
 
     model_runner: Any
     vllm_config: Any
     rank: int
     _ultraep_receiver: Receiver | None = None
+    _ultraep_update: tuple[ExitStack, Any, Announced] | None = None
+    _ultraep_window: Any = None
 
+    @answered
+    def ultraep_settle_in(self) -> str:
+        """To be called once all ranks are up; returns what :func:`ranks.forget_shared_memory` wants."""
+        end_with_engine()
+        return compat.shared_memory_name()
+
+    @answered
     def ultraep_transfer_join(self, membership: Membership, engine: int) -> None:
-        """Join a generation of direct transfers, leaving the one before; all of an engine's workers are called.
+        """Join a generation of direct transfers, leaving the one before.
 
         Raises:
             TransferTimeout: naming the members that did not come.
@@ -202,16 +284,47 @@ class WeightUpdateExtension:
             self._ultraep_receiver = Receiver(name, next(self.model_runner.model.parameters()).device)
         self._ultraep_receiver.join(membership)
 
+    @answered
     def ultraep_moe_layer_ids(self) -> list[int]:
         """Indices of the MoE layers among all decoder layers."""
         return compat.moe_layer_ids(self.model_runner.model)
 
-    def ultraep_update_weights(self, chunks: Sequence[Any], manifest: Manifest, timeout_s: float) -> int:
-        """Load all chunks in place, in one call between two steps; returns the number of tensors.
+    @answered
+    def ultraep_begin_update(self, manifest: Manifest) -> None:
+        """Make every layer ready to be loaded."""
+        stack = ExitStack()
+        load = stack.enter_context(compat.layerwise_reload(self.model_runner.model, self.vllm_config))
+        self._ultraep_update = stack, load, Announced(manifest)
 
-        Raises:
-            Exception: of fetching, checking or loading. The weights are then a mixture.
-        """
-        with compat.layerwise_reload(self.model_runner.model, self.vllm_config) as load:
-            load(checked(fetch(chunks, timeout_s, self._ultraep_receiver), manifest))
-        return len(manifest)
+    @answered
+    def ultraep_load(self, chunk: Any) -> None:
+        """Load a chunk from :func:`here`; each layer becomes ready to compute with its last tensor."""
+        assert self._ultraep_update is not None
+        _, load, announced = self._ultraep_update
+        load(announced.checked(_pairs(chunk, self._ultraep_receiver)))
+
+    @answered
+    def ultraep_end_update(self, whole: bool) -> None:
+        """End the update; ``whole``: all chunks were loaded, so every announced tensor must have come."""
+        assert self._ultraep_update is not None
+        (stack, _, announced), self._ultraep_update = self._ultraep_update, None
+        with stack:
+            if whole:
+                announced.all_came()
+
+    @answered
+    def ultraep_profile(self, settings: ProfileSettings, path: str) -> None:
+        """Begin a profiled window on rank 0; vLLM computes on this thread, so its own profiler is not needed."""
+        if self.rank == 0:
+            from megatron_ultraep.runtime.profiler import Window
+
+            window = Window(settings, Path(path))
+            window.start()
+            self._ultraep_window = window
+
+    @answered
+    def ultraep_end_profile(self) -> str | None:
+        """End the window, if one is open; the trace that was written."""
+        window, self._ultraep_window = self._ultraep_window, None
+        trace = None if window is None else window.stop()
+        return None if trace is None else str(trace)
