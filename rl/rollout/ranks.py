@@ -23,6 +23,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,7 @@ class RankWatch:
 
     def __init__(self, engine: Any, on_death: Callable[[str], None]) -> None:
         self._processes = compat.rank_processes(engine)
+        self._sentinels = [process.sentinel for process in self._processes]
         self._on_death = on_death
         self._stopped = False
         self._told = threading.Event()
@@ -130,20 +132,26 @@ class RankWatch:
 
     def settle(self) -> None:
         """If a rank has ended, wait until ``on_death`` was told; at most some seconds."""
-        if not self._stopped and any(process.exitcode is not None for process in self._processes):
+        if not self._stopped and self._processes and multiprocessing.connection.wait(self._sentinels, 0):
             self._told.wait(_NOTICE_S)
 
     def _main(self) -> None:
-        ended = multiprocessing.connection.wait([process.sentinel for process in self._processes])
+        ended = multiprocessing.connection.wait(self._sentinels)
         if self._stopped:
             return
         rank = next(i for i, process in enumerate(self._processes) if process.sentinel in ended)
         process = self._processes[rank]
-        process.join(_NOTICE_S)
         for other in self._processes:
             if other is not process:
                 other.kill()
-        self._on_death(
-            f"rank {rank} of {len(self._processes)} (process {process.pid}) ended with exit code {process.exitcode}"
-        )
+        code = _exit_code(process)
+        self._on_death(f"rank {rank} of {len(self._processes)} (process {process.pid}) ended with exit code {code}")
         self._told.set()
+
+
+def _exit_code(process: Any) -> int | None:
+    """Of a process that has ended. The system may tell vLLM's own watch first; then it is known here a moment later."""
+    deadline = time.monotonic() + 1.0
+    while (code := process.exitcode) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return code
