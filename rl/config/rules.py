@@ -19,6 +19,7 @@ from rl.config.stream_rules import stream
 from rl.config.trainer import OptimizerSection
 from rl.config.violations import Rule, Violation
 
+_ENGINE_RANKS_TESTED = {"cpu": 2, "cuda": 1}
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
 
 
@@ -242,6 +243,7 @@ def _machine(config: RunConfig) -> Iterator[Violation]:
             "bfloat16 engines on CPUs are not tested; set it (or model.dtype) to float32, or allow_untested: true.",
             ("model.dtype", "rollout.device"),
         )
+    yield from _engine_ranks(config)
     needed = config.trainer.ranks + config.rollout.engines * config.rollout.tensor_parallel
     if config.ray.address is not None:
         for name in ("num_cpus", "temp_dir"):
@@ -257,6 +259,25 @@ def _machine(config: RunConfig) -> Iterator[Violation]:
             f"expected at least {needed} (trainer ranks and engine ranks, one each), came {config.ray.num_cpus}; "
             "raise it or set it to null (these are Ray's tokens, not cores: more than the machine has is fine).",
             ("trainer.ranks", "rollout.engines", "rollout.tensor_parallel"),
+        )
+
+
+def _engine_ranks(config: RunConfig) -> Iterator[Violation]:
+    ranks, device = config.rollout.tensor_parallel, config.rollout.device
+    tested = _ENGINE_RANKS_TESTED[device]
+    if ranks > tested and not config.allow_untested:
+        yield Violation(
+            "rollout.tensor_parallel",
+            f"engines of more than {tested} rank{'s' * (tested > 1)} are not tested on {device}, came {ranks}; lower "
+            "it, or set allow_untested: true.",
+            ("rollout.device",),
+        )
+    if ranks > 1 and config.stream.colocated:
+        yield Violation(
+            "rollout.tensor_parallel",
+            f"a colocated engine shares one GPU with one trainer rank: expected 1, came {ranks}; set it to 1, or "
+            "stream.colocated: false.",
+            ("stream.colocated",),
         )
 
 

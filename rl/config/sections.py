@@ -96,9 +96,9 @@ class RolloutSection(Section):
     )
     max_model_len: int = Field(1024, ge=2, description="Longest prompt plus response in tokens.")
     max_num_seqs: int = Field(64, ge=1, description="Sequences that one engine computes at the same time.")
-    kv_cache_gib: float = Field(1.0, gt=0, description="GiB of key-value cache of each engine.")
+    kv_cache_gib: float = Field(1.0, gt=0, description="GiB of key-value cache of each rank of an engine.")
     block_size: int = Field(32, ge=1, description="Tokens in a key-value cache block.")
-    tensor_parallel: int = Field(1, ge=1, description="Tensor-parallel ranks of each engine.")
+    tensor_parallel: int = Field(1, ge=1, description="Tensor-parallel ranks of each engine, on one node.")
     max_regenerations: int = Field(
         3, ge=0, description="How often a sample refused for bad routes is generated again before the run stops."
     )

@@ -97,8 +97,8 @@ def transfer(config: RunConfig) -> Iterator[Violation]:
         "gloo": (not any(gpus), "gloo is between engines on CPUs and a trainer with backend: gloo"),
         "nccl": (all(gpus) and not stream.colocated, "nccl is between GPUs of engines and GPUs of the trainer"),
         "ipc": (
-            all(gpus) and stream.colocated and trainer.ranks == engines.engines == 1,
-            "ipc is for one engine that shares its GPU with the only trainer rank (stream.colocated)",
+            all(gpus) and stream.colocated and trainer.ranks == engines.engines == engines.tensor_parallel == 1,
+            "ipc is for one engine of one rank that shares its GPU with the only trainer rank (stream.colocated)",
         ),
     }
     fit, what = fits[path]

@@ -63,6 +63,19 @@ def check_against_model(config: RunConfig, arch: Architecture) -> None:
             demand(arch.experts % p.ep == 0, f"{path}.ep", f"must divide {arch.experts} experts, came {p.ep}.")
         else:
             demand(p.ep == 1 and p.etp == 1, f"{path}.ep", "a dense model has no experts; set ep and etp to 1.")
+    ranks = config.rollout.tensor_parallel
+    demand(
+        arch.heads % ranks == 0 and (arch.kv_heads % ranks == 0 or ranks % arch.kv_heads == 0),
+        "rollout.tensor_parallel",
+        f"must divide {arch.heads} attention heads, and divide {arch.kv_heads} key/value heads or be a multiple of "
+        f"their number, came {ranks}.",
+    )
+    demand(
+        ranks == 1 or arch.tensor_parallel or config.allow_untested,
+        "rollout.tensor_parallel",
+        f"engines of several ranks are not tested with the attention of {arch.family}, came {ranks}; set it to 1, or "
+        "allow_untested: true.",
+    )
     demand(
         config.rollout.max_model_len <= arch.max_positions,
         "rollout.max_model_len",

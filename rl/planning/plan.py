@@ -181,7 +181,7 @@ def make_plan(config: RunConfig, arch: Architecture | None = None, *, with_times
         phases=phases,
         step_seconds=expected,
         step_bound=bound,
-        refused=tuple(_refused(config, arch)),
+        refused=tuple(_refused(config, arch, cluster)),
         overlapped=config.stream.overlapped,
     )
 
@@ -364,13 +364,13 @@ def _gpus(config: RunConfig) -> int:
     return place(config).ray_gpus
 
 
-def _refused(config: RunConfig, arch: Architecture) -> list[str]:
+def _refused(config: RunConfig, arch: Architecture, cluster: Cluster) -> list[str]:
     found = []
     rollout = config.rollout
-    if rollout.tensor_parallel > 1:
+    if rollout.tensor_parallel > cluster.gpus_per_node:
         found.append(
-            f"rollout.tensor_parallel = {rollout.tensor_parallel}: engines of several GPUs are refused, they are not "
-            "tested (docs/support.md)"
+            f"rollout.tensor_parallel = {rollout.tensor_parallel}: an engine must fit on one node, of "
+            f"{cluster.gpus_per_node} GPUs; engines over several nodes are refused (docs/support.md)"
         )
     cache = round(rollout.kv_cache_gib * GIB) // kv_bytes_per_token(
         arch, WIDTH[config.engine_dtype], rollout.tensor_parallel

@@ -5,7 +5,6 @@ All imports of vLLM are inside functions: the version check, and whatever only n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,11 +120,6 @@ def rank_processes(engine: Any) -> list[Any]:
     """
     executor = engine.engine_core.engine_core.model_executor
     return [worker.proc for worker in getattr(executor, "workers", None) or ()]
-
-
-def shared_memory_name() -> str:
-    """In a rank's process on CPUs: what the names of its segments in shared memory begin with; "" without any."""
-    return os.environ.get("VLLM_DIST_IDENT", "")
 
 
 def model_shape(engine: Any) -> tuple[int, int]:

@@ -59,6 +59,7 @@ class EnginePool:
         version: of the weights that all engines got at last through this pool.
 
     Raises:
+        ValueError: no node has as many GPUs as an engine has ranks.
         EngineTimeout, EngineDied: an engine did not come up; those that did are stopped.
     """
 
@@ -71,6 +72,8 @@ class EnginePool:
     ) -> None:
         if engines < 1:
             raise ValueError(f"engines must be >= 1, got {engines}")
+        if config.device == "cuda" and share is None:
+            _check_nodes(config.tensor_parallel)
         self.config = config
         self.version = config.initial_version
         self.handles: list[Any] = []
@@ -329,6 +332,16 @@ class EnginePool:
             except ray.exceptions.RayError as error:
                 raise _translated(error, engine, what) from error
         return dict(sorted(results.items()))
+
+
+def _check_nodes(ranks: int) -> None:
+    """An engine's ranks are children of its process: see that some node has GPUs for all, which Ray would wait for."""
+    most = max((node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    if most < ranks:
+        raise ValueError(
+            f"an engine of {ranks} ranks must fit on one node: expected a node with {ranks} GPUs, the largest of Ray's "
+            f"has {most:g}; lower rollout.tensor_parallel"
+        )
 
 
 def _future(

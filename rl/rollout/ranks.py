@@ -24,8 +24,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +94,35 @@ def end_with_engine() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def forget_shared_memory(name: str) -> None:
-    """Take the names of an engine's segments away, once all its ranks have them open: memory goes with the ranks.
+def shared_memory_names() -> tuple[str, ...]:
+    """Of the segments that this process has open, vLLM's queues and collectives: paths under ``/dev/shm``."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        return ()
+    opened = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
+    return tuple(sorted(n for n in opened if n.startswith(f"{_SHARED_MEMORY}/") and not n.endswith("(deleted)")))
 
-    Args:
-        name: what the names of the segments begin with; "": it has none.
+
+def forget_shared_memory(names: Iterable[str]) -> None:
+    """Take segments' names away, once all ranks have them open: then their memory goes with the processes.
+
+    Those that are killed do not tidy up, and neither does Python's tracker, which Ray kills with them.
     """
-    if name and _SHARED_MEMORY.is_dir():
-        for segment in _SHARED_MEMORY.iterdir():
-            if segment.name.startswith(name):
-                segment.unlink(missing_ok=True)
+    for name in names:
+        Path(name).unlink(missing_ok=True)
+
+
+def unlink_once() -> None:
+    """In a process that made segments: let Python find their names gone without a complaint."""
+    original = SharedMemory.unlink
+
+    def unlink(self: SharedMemory) -> None:
+        try:
+            original(self)
+        except FileNotFoundError:
+            resource_tracker.unregister(self._name, "shared_memory")
+
+    SharedMemory.unlink = unlink
 
 
 class RankWatch:

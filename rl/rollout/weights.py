@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rl.rollout import compat
-from rl.rollout.ranks import answered, call_ranks, end_with_engine
+from rl.rollout.ranks import answered, call_ranks, end_with_engine, shared_memory_names, unlink_once
 
 if TYPE_CHECKING:  # they import torch, which who only checks manifests does without
     from megatron_ultraep.runtime.profiler import ProfileSettings
@@ -265,10 +265,11 @@ class WeightUpdateExtension:
     _ultraep_window: Any = None
 
     @answered
-    def ultraep_settle_in(self) -> str:
+    def ultraep_settle_in(self) -> tuple[str, ...]:
         """To be called once all ranks are up; returns what :func:`ranks.forget_shared_memory` wants."""
         end_with_engine()
-        return compat.shared_memory_name()
+        unlink_once()
+        return shared_memory_names()
 
     @answered
     def ultraep_transfer_join(self, membership: Membership, engine: int) -> None:

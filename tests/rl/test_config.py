@@ -446,6 +446,23 @@ BROKEN = [
     ([("stream.dispatch", "longest_first")], "stream.predictor", "predicted lengths"),
     ([("stream.transfer", "nccl")], "stream.transfer", "between GPUs"),
     ([("stream", {"transfer": "ipc", "colocated": True})], "stream.transfer", "shares its GPU"),
+    ([("rollout.tensor_parallel", 4)], "rollout.tensor_parallel", "more than 2 ranks are not tested on cpu"),
+    (
+        [("rollout.tensor_parallel", 2), ("rollout.device", "cuda")],
+        "rollout.tensor_parallel",
+        "more than 1 rank are not tested on cuda",
+    ),
+    ([("rollout.tensor_parallel", 2), ("stream.colocated", True)], "rollout.tensor_parallel", "shares one GPU"),
+    (
+        [
+            ("stream", {"transfer": "ipc", "colocated": True}),
+            ("rollout", {"tensor_parallel": 2, "device": "cuda"}),
+            ("trainer.backend", "nccl"),
+            ("allow_untested", True),
+        ],
+        "stream.transfer",
+        "one engine of one rank",
+    ),
     (
         [("stream.transfer", "nccl"), ("rollout.device", "cuda"), ("trainer.backend", "nccl")],
         "stream.transfer",
@@ -542,6 +559,8 @@ VALID = [
     [("evaluation.success", {"before_max": 0.3, "after_min": 0.6})],
     [("trainer.recompute", "selective"), ("trainer.recompute_modules", ["core_attn", "moe"])],
     [("model.dtype", "float64")],
+    [("rollout.tensor_parallel", 2)],
+    [("rollout.tensor_parallel", 8), ("rollout.device", "cuda"), ("allow_untested", True)],
     [("trainer.tokens_per_micro_batch", 767), ("rollout.max_model_len", 768)],
 ]
 

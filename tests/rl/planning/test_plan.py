@@ -38,7 +38,7 @@ def configuration(**sections):
         "plan": {"gpu": "h200", "dimensions": QWEN},
     }
     for name, values in sections.items():
-        base[name] = base.get(name, {}) | values
+        base[name] = base.get(name, {}) | values if isinstance(values, dict) else values
     return from_dict(base)
 
 
@@ -132,10 +132,12 @@ def test_a_model_that_is_not_supported(tmp_path):
 
 def test_refusals_of_today_are_named():
     config = configuration(
-        rollout={"tensor_parallel": 2, "engines": 4, "kv_cache_gib": 0.1}, stream={"colocated": False}
+        rollout={"tensor_parallel": 16, "engines": 4, "kv_cache_gib": 0.02},
+        stream={"colocated": False},
+        allow_untested=True,
     )
     refused = "\n".join(make_plan(config).refused)
-    assert "rollout.tensor_parallel = 2" in refused
+    assert "rollout.tensor_parallel = 16: an engine must fit on one node, of 8 GPUs" in refused
     assert "less than one sample" in refused
 
 

@@ -14,14 +14,26 @@ def model(tmp_path: Path) -> str:
 
 def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
-        EngineConfig(str(tmp_path), block_size=16, tensor_parallel=2, stop_timeout_s=0, max_regenerations=-1)
-    for words in ("config.json", "multiple of 32", "tensor_parallel must be 1", "stop_timeout_s", "max_regenerations"):
+        EngineConfig(str(tmp_path), block_size=16, tensor_parallel=0, stop_timeout_s=0, max_regenerations=-1)
+    for words in (
+        "config.json",
+        "multiple of 32",
+        "tensor_parallel must be >=",
+        "stop_timeout_s",
+        "max_regenerations",
+    ):
         assert words in str(caught.value)
 
 
 def test_defaults_are_sound(model: str) -> None:
     EngineConfig(model)
     EngineConfig(model, device="cuda", block_size=16)
+
+
+def test_an_engine_of_several_ranks_does_not_sleep(model: str) -> None:
+    EngineConfig(model, tensor_parallel=2)
+    with pytest.raises(ValueError, match="sleep_mode must be false for an engine of several ranks"):
+        EngineConfig(model, device="cuda", tensor_parallel=2, sleep_mode=True)
 
 
 @pytest.mark.parametrize("arguments", [{"top_p": 0.9}, {"top_k": 20}])

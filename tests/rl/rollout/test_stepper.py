@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
+from multiprocessing import get_context
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from rl.rollout import compat, stepper
-from rl.rollout.stepper import EngineFailed, EngineThread
+from rl.rollout.stepper import EngineFailed, EngineThread, RankDied
 
 
 class CountingEngine:
@@ -19,6 +22,7 @@ class CountingEngine:
         self.gate = threading.Event()
         self.gate.set()
         self.broken = False
+        self.ranks: list[Any] = []
 
     def add_request(self, request_id: str, prompt: dict, params: int) -> str:
         state = SimpleNamespace(queue=None, tokens=0, limit=params)
@@ -48,6 +52,7 @@ class CountingEngine:
 def counting(monkeypatch: pytest.MonkeyPatch):
     engine = CountingEngine()
     monkeypatch.setattr(compat, "shut_down", lambda engine: None)
+    monkeypatch.setattr(compat, "rank_processes", lambda engine: engine.ranks)
     thread = EngineThread(lambda: engine, 7, "test")
     thread.ready.result(10)
     yield engine, thread
@@ -145,3 +150,32 @@ def test_an_engine_that_does_not_come_up_says_why(monkeypatch: pytest.MonkeyPatc
         thread.ready.result(10)
     with pytest.raises(EngineFailed, match="no such model"):
         thread.call(lambda vllm: None).result(10)
+
+
+@pytest.mark.parametrize("waits_for", ["a command", "a step"])
+def test_the_end_of_a_rank_fails_the_engine_and_ends_the_others(waits_for, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = CountingEngine()
+    engine.ranks = [get_context("spawn").Process(target=time.sleep, args=(600,), daemon=True) for _ in range(2)]
+    monkeypatch.setattr(compat, "shut_down", lambda engine: None)
+    monkeypatch.setattr(compat, "rank_processes", lambda engine: engine.ranks)
+    for rank in engine.ranks:
+        rank.start()
+    thread = EngineThread(lambda: engine, 7, "test")
+    thread.ready.result(60)
+    said = rf"rank 1 of 2 \(process {engine.ranks[1].pid}\) ended with exit code -9"
+    if waits_for == "a step":
+        engine.gate.clear()
+        request = thread.submit("a", [1], 5).result(60)
+    engine.ranks[1].kill()
+    engine.ranks[0].join(60)
+    assert engine.ranks[0].exitcode == -9, "the others would wait for it"
+    if waits_for == "a step":
+        engine.broken = True  # vLLM's step raises once no rank is left
+        engine.gate.set()
+        with pytest.raises(RankDied, match=said):
+            request.output.result(60)
+    with pytest.raises(RankDied, match=said):
+        while True:
+            thread.call(lambda engine: None).result(60)
+    assert isinstance(thread.failure, RankDied)
+    assert thread.stop(60)
