@@ -152,6 +152,13 @@ def test_an_engine_that_does_not_come_up_says_why(monkeypatch: pytest.MonkeyPatc
         thread.call(lambda vllm: None).result(10)
 
 
+def ask_until_refused(thread: EngineThread) -> None:
+    """News of a rank's end take a moment."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        thread.call(lambda engine: None).result(60)
+
+
 @pytest.mark.parametrize("waits_for", ["a command", "a step"])
 def test_the_end_of_a_rank_fails_the_engine_and_ends_the_others(waits_for, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = CountingEngine()
@@ -175,7 +182,6 @@ def test_the_end_of_a_rank_fails_the_engine_and_ends_the_others(waits_for, monke
         with pytest.raises(RankDied, match=said):
             request.output.result(60)
     with pytest.raises(RankDied, match=said):
-        while True:
-            thread.call(lambda engine: None).result(60)
+        ask_until_refused(thread)
     assert isinstance(thread.failure, RankDied)
     assert thread.stop(60)
