@@ -171,6 +171,7 @@ class RolloutEngine:
         if config.capture_routes and model_files.is_moe(Path(config.model_path)):
             arguments["enable_return_routed_experts"] = True
         if config.tensor_parallel > 1:
+            unlink_once()
             # Children of this process, on its GPUs; inside a Ray actor vLLM might choose Ray.
             arguments["distributed_executor_backend"] = "mp"
         if config.device == "cuda":
@@ -181,7 +182,6 @@ class RolloutEngine:
         vllm = compat.engine_api()
         engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments))
         if config.tensor_parallel > 1:
-            unlink_once()
             for names in call_ranks(engine, "ultraep_settle_in"):
                 forget_shared_memory(names)
         return engine

@@ -28,12 +28,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.shared_memory import SharedMemory
+from multiprocessing.synchronize import SemLock
 from pathlib import Path
 from typing import Any
 
 from rl.rollout import compat
 
 _SHARED_MEMORY = Path("/dev/shm")
+# Of Python's segments and locks, which vLLM's queues use, and of its collectives on CPUs. NCCL sees to its own.
+_SHARED_NAMES = tuple(f"{_SHARED_MEMORY}/{begin}" for begin in ("psm_", "sem.mp-", "vllm_dist_"))
 _PR_SET_PDEATHSIG = 1
 _NOTICE_S = 10.0  # from a rank's end until the thread that watches says so
 
@@ -95,12 +98,12 @@ def end_with_engine() -> None:
 
 
 def shared_memory_names() -> tuple[str, ...]:
-    """Of the segments that this process has open, vLLM's queues and collectives: paths under ``/dev/shm``."""
+    """What this process has open of vLLM's queues, collectives and locks: paths under ``/dev/shm``."""
     maps = Path("/proc/self/maps")
     if not maps.is_file():
         return ()
     opened = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
-    return tuple(sorted(n for n in opened if n.startswith(f"{_SHARED_MEMORY}/") and not n.endswith("(deleted)")))
+    return tuple(sorted(name for name in opened if name.startswith(_SHARED_NAMES) and not name.endswith("(deleted)")))
 
 
 def forget_shared_memory(names: Iterable[str]) -> None:
@@ -113,16 +116,19 @@ def forget_shared_memory(names: Iterable[str]) -> None:
 
 
 def unlink_once() -> None:
-    """In a process that made segments: let Python find their names gone without a complaint."""
-    original = SharedMemory.unlink
+    """In a process that will make segments or locks: let Python find their names gone without a complaint."""
 
-    def unlink(self: SharedMemory) -> None:
-        try:
-            original(self)
-        except FileNotFoundError:
-            resource_tracker.unregister(self._name, "shared_memory")
+    def forgiving(original: Callable[[Any], None], kind: str) -> Callable[[Any], None]:
+        def unlink(named: Any) -> None:
+            try:
+                original(named)
+            except FileNotFoundError:
+                resource_tracker.unregister(getattr(named, "_name", named), kind)
 
-    SharedMemory.unlink = unlink
+        return unlink
+
+    SharedMemory.unlink = forgiving(SharedMemory.unlink, "shared_memory")
+    SemLock._cleanup = staticmethod(forgiving(SemLock._cleanup, "semaphore"))
 
 
 class RankWatch:
