@@ -193,7 +193,8 @@ def _seats(config: RunConfig, arch: Architecture) -> Iterator[tuple[float, Chang
 
 def _wider_engines(config: RunConfig, arch: Architecture) -> Iterator[tuple[float, Change]]:
     rollout = config.rollout
-    if 2 * rollout.tensor_parallel <= arch.heads:
+    # An engine stays on its node.
+    if 2 * rollout.tensor_parallel <= min(arch.heads, config.plan.gpus_per_node):
         yield (
             3.0,
             {
