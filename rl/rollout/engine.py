@@ -37,7 +37,7 @@ from megatron_ultraep.replay import histogram, layer_digests
 from megatron_ultraep.runtime.profiler import ProfileSettings
 from rl.rollout import compat, model_files, routes, validation, weights
 from rl.rollout.config import Device, EngineConfig, Sampling, derive_seed, engine_environment
-from rl.rollout.ranks import call_ranks, forget_shared_memory, unlink_once
+from rl.rollout.ranks import call_ranks, forget_shared_memory, shared_memory_names, unlink_once
 from rl.rollout.stepper import EngineFailed, EngineThread, Request
 from rl.rollout.validation import RefusedSample
 from rl.transfer.links import Membership
@@ -182,7 +182,7 @@ class RolloutEngine:
         vllm = compat.engine_api()
         engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**arguments))
         if config.tensor_parallel > 1:
-            for names in call_ranks(engine, "ultraep_settle_in"):
+            for names in (shared_memory_names(), *call_ranks(engine, "ultraep_settle_in")):
                 forget_shared_memory(names)
         return engine
 
