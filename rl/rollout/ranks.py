@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -103,6 +104,9 @@ def shared_memory_names() -> tuple[str, ...]:
     if not maps.is_file():
         return ()
     opened = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
+    # The maps of who made a lock have it under a name that it was made with.
+    locks = [one._semlock.name for one in gc.get_objects() if isinstance(one, SemLock)]
+    opened |= {f"{_SHARED_MEMORY}/sem.{name.removeprefix('/')}" for name in locks if name is not None}
     return tuple(sorted(name for name in opened if name.startswith(_SHARED_NAMES) and not name.endswith("(deleted)")))
 
 
