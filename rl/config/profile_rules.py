@@ -33,6 +33,12 @@ def profile(config: RunConfig) -> Iterator[Violation]:
             "lower them.",
             ("run.steps",),
         )
+    if config.trainer.backend == "nccl" and not config.allow_untested:
+        yield Violation(
+            "profile.steps",
+            "profiling is not tested on GPUs; set allow_untested: true, or remove the section.",
+            ("trainer.backend",),
+        )
     ranks = section.ranks
     if ranks is not None and (not ranks or min(ranks) < 0 or max(ranks) >= config.trainer.ranks):
         yield Violation(

@@ -445,6 +445,8 @@ BROKEN = [
     ),
     ([("stream.dispatch", "longest_first")], "stream.predictor", "predicted lengths"),
     ([("stream.transfer", "nccl")], "stream.transfer", "between GPUs"),
+    ([("profile", {"steps": [2]}), ("trainer.backend", "nccl")], "profile.steps", "not tested on GPUs"),
+    ([*PPO, ("trainer.backend", "nccl")], "critic", "not tested on GPUs"),
     ([("stream", {"transfer": "ipc", "colocated": True})], "stream.transfer", "shares its GPU"),
     ([("rollout.tensor_parallel", 4)], "rollout.tensor_parallel", "more than 2 ranks are not tested on cpu"),
     (
@@ -500,7 +502,11 @@ BROKEN = [
     ([("profile", {"steps": [2], "ranks": []})], "profile.ranks", "null for all"),
     ([("profile", {"steps": [2], "tool": "nsys"})], "profile.tool", "set tool to torch"),
     (
-        [("profile", {"steps": [2], "tool": "nsys", "stacks": True}), ("trainer.backend", "nccl")],
+        [
+            ("profile", {"steps": [2], "tool": "nsys", "stacks": True}),
+            ("trainer.backend", "nccl"),
+            ("allow_untested", True),
+        ],
         "profile.stacks",
         "only the torch profiler",
     ),
@@ -544,7 +550,7 @@ VALID = [
     [*EP4, ("balance", {"enabled": True, "node_size": 2, "foresight": True, "reorder": True, "compose": True})],
     [*EP4, ("balance", {"enabled": True, "foresight": True}), ("algorithm.routes.old_logprob", "own")],
     [("profile", {"steps": [1, 3], "ranks": None, "engines": True, "shapes": True})],
-    [("profile", {"steps": [2], "tool": "nsys"}), ("trainer.backend", "nccl")],
+    [("profile", {"steps": [2], "tool": "nsys"}), ("trainer.backend", "nccl"), ("allow_untested", True)],
     [("data.eval.seed", 100)],
     [("stream", {"staleness": 2, "pipelining": True, "in_flight": "continue"})],
     [("stream", {"pipelining": True}), ("algorithm", {"mini_batches": 2, "old_logprobs": "rollout"})],

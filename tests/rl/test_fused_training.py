@@ -36,7 +36,7 @@ def test_partner(changes, name):
         (PPO, "no bubbles"),
         ([*REFERENCE, ("trainer.parallel", {"pp": 2, "vpp": 2})], "virtual pipeline stages"),
         ([*PP2, *PPO, ("stream.pipelining", True), ("algorithm.gae.whiten", False)], "as they arrive"),
-        ([*PP2, *PPO, *GPUS], "have not run on GPUs"),
+        ([*REFERENCE, *GPUS], "have not run on GPUs"),
         (PP2, "grpo without a critic and without a reference"),
         ([*REFERENCE, ("algorithm.kl.in", "reward")], "rewards need"),
         ([*PP2, ("algorithm.kl.coef", 0.1)], "raise algorithm.mini_batches"),

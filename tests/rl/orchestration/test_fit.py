@@ -1,5 +1,7 @@
 """What only the model's ``config.json`` can show to be wrong."""
 
+from dataclasses import replace
+
 import pytest
 from transformers import Qwen3MoeConfig
 
@@ -32,3 +34,17 @@ def test_ranks_of_an_engine_divide_its_heads():
             check_against_model(two, arch_of(heads, kv_heads))
     check_against_model(two, arch_of(4, 2))
     check_against_model(two, arch_of(4, 1))  # every rank has a copy of the head
+
+
+STAGES = (("trainer.ranks", 2), ("trainer.parallel", {"pp": 2}))
+GPUS = (*STAGES, ("trainer.backend", "nccl"), ("rollout.device", "cuda"))
+
+
+def test_what_ran_on_cpus_only_needs_leave_on_gpus():
+    odd = replace(arch_of(4, 2), layers=3, moe_layers=(0, 1, 2))
+    for arch, message in ((odd, "stages of unequal length"), (replace(odd, family="olmoe"), "olmoe is tested on CPUs")):
+        with pytest.raises(ConfigError, match=message):
+            check_against_model(from_dict(changed(*GPUS)), arch)
+    check_against_model(from_dict(changed(*GPUS)), arch_of(4, 2))
+    check_against_model(from_dict(changed(*GPUS, ("allow_untested", True))), odd)
+    check_against_model(from_dict(changed(*STAGES)), odd)
