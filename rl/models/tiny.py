@@ -394,7 +394,8 @@ def _trunk(
 def _save(model_class: Any, config: Any, path: str | Path, dtype: str, seed: int, *, vectors: bool = False) -> Path:
     """Make and save a model; with ``vectors``, norms and biases are random too, not ones and zeros."""
     import torch
-    from transformers.utils import logging
+
+    from rl.models.hf_files import without_progress_bars
 
     generator_state = torch.random.get_rng_state()  # making a model must not move the caller's random stream
     try:
@@ -410,13 +411,8 @@ def _save(model_class: Any, config: Any, path: str | Path, dtype: str, seed: int
     finally:
         torch.random.set_rng_state(generator_state)
     path = Path(path)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with without_progress_bars():
         model.save_pretrained(path)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     _write_published_field_names(path)
     _expect_one_tensor_per_expert(path, config)
     return path

@@ -108,7 +108,8 @@ def _dense(source: Path) -> tuple[Any, Any]:
     """The dense model (float32, on the CPU) and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+
+    from rl.models.hf_files import without_progress_bars
 
     if source.is_file():
         missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
@@ -121,14 +122,9 @@ def _dense(source: Path) -> tuple[Any, Any]:
         where = {"pretrained_model_name_or_path": source}
     else:
         raise ValueError(f"expected a GGUF file or a directory with a config.json, got {source}")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with without_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     config = model.config
     if config.model_type not in _MODEL_TYPES:
         raise ValueError(
