@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -162,6 +162,34 @@ class Board:
                 time.sleep(_NAP_S)
         return {key: self.store.get(key).decode() for key in keys}
 
+    def until(
+        self, done: Callable[[], bool], limit_s: float, what: Callable[[], str], *, spins: int = _POLLS
+    ) -> None:
+        """Wait for something that is no key of the store.
+
+        Args:
+            done: whether it has come; called again and again.
+            limit_s: of the wait, seconds.
+            what: says who was waited for, and to do what.
+            spins: looks without a nap.
+
+        Raises:
+            TransferTimeout: it did not come.
+            TransferError: a member has failed.
+        """
+        now = time.monotonic()
+        deadline, look, looks = now + limit_s, now + _LOOK_S, 0
+        while not done():
+            looks += 1
+            if looks > spins:
+                time.sleep(_NAP_S)
+            now = time.monotonic()
+            if now > look:
+                self.raise_failure()
+                look = now + _LOOK_S
+            if now > deadline:
+                self.fail(TransferTimeout(f"{self.what} waited {limit_s:g} s for {what()}"))
+
     def raise_failure(self) -> None:
         """Raise if another member has failed."""
         if self.store.check(["failed"]):
@@ -206,10 +234,10 @@ class Link:
         others = [self.membership.sources[self.source], *self.membership.receivers]
         return ", ".join(name for name in others if name != self.board.name)
 
-    def broadcast(self, buffer: torch.Tensor) -> Any:
-        """Start to send (source) or fill (receivers) a uint8 buffer; returns the work to :meth:`wait` for."""
+    def broadcast(self, buffer: torch.Tensor, root: int = 0) -> Any:
+        """Start to send (root, the source) or fill (others) a uint8 buffer; returns the work to :meth:`wait` for."""
         options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor, options.asyncOp = 0, 0, True
+        options.rootRank, options.rootTensor, options.asyncOp = root, 0, True
         return self.group.broadcast([buffer], options)
 
     def wait(self, work: Any, limit_s: float, what: str) -> None:
