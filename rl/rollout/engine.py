@@ -41,6 +41,7 @@ from rl.rollout.ranks import call_ranks, forget_shared_memory, shared_memory_nam
 from rl.rollout.stepper import EngineFailed, EngineThread, Request
 from rl.rollout.validation import RefusedSample
 from rl.transfer.links import Membership
+from rl.transfer.staging import StagingHandles
 from rl.types import Prompt, RouteRef, Sample
 
 _log = logging.getLogger(__name__)
@@ -483,15 +484,20 @@ class RolloutEngine:
 
     # ------------------------------------------------------------------ weights
 
-    async def transfer_join(self, membership: Membership) -> None:
+    async def transfer_join(self, membership: Membership, staging: StagingHandles | None = None) -> None:
         """Join a generation of direct transfers; ``update_weights(version, [Incoming(plan)], plan.manifest)`` follows.
+
+        Args:
+            membership: the generation.
+            staging: of the trainer rank on the same GPU, if weights come through its memory.
 
         Raises:
             TransferTimeout: naming the members that did not come.
+            TransferError: staging memory cannot be opened.
         """
 
         def join(engine: Any) -> None:
-            call_ranks(engine, "ultraep_transfer_join", membership, self.index)
+            call_ranks(engine, "ultraep_transfer_join", membership, self.index, staging)
 
         await self._call(join, membership.limits.join_s + self.config.update_timeout_s, "joining a weight transfer")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -162,9 +163,7 @@ class Board:
                 time.sleep(_NAP_S)
         return {key: self.store.get(key).decode() for key in keys}
 
-    def until(
-        self, done: Callable[[], bool], limit_s: float, what: Callable[[], str], *, spins: int = _POLLS
-    ) -> None:
+    def until(self, done: Callable[[], bool], limit_s: float, what: Callable[[], str], *, spins: int = _POLLS) -> None:
         """Wait for something that is no key of the store.
 
         Args:
@@ -286,8 +285,14 @@ class Link:
         )
 
     def abort(self) -> None:
-        """Give the communicator up; what hangs in it ends."""
+        """Give the communicator up; what hangs in it ends, or, with gloo, is not waited for."""
         self.group.abort()
+        if self.membership.backend == "gloo":
+            # Operations that wait for a peer go on to their limit, and taking the group down would wait for them with
+            # Python's lock held: somebody keeps it until they have ended.
+            keeper = threading.Timer(_longest_s(self.membership.limits) + _GRACE_S, _forget, [self.group])
+            keeper.daemon = True
+            keeper.start()
 
     def close(self) -> None:
         """End the communicator in good order."""
@@ -337,9 +342,18 @@ def await_ready(board: Board, plan: TransferPlan, number: int, membership: Membe
         board.fail(TransferError(f"{board.what} has another plan than {', '.join(wrong)}: send all the same one"))
 
 
+def _longest_s(limits: Limits) -> float:
+    """Limit of any operation of a communicator."""
+    return max(limits.join_s, limits.bucket_s)
+
+
+def _forget(kept: Any) -> None:
+    """Somebody kept it until now."""
+
+
 def _group(membership: Membership, store: Any, rank: int, world: int) -> Any:
     limits = membership.limits
-    longest = timedelta(seconds=max(limits.join_s, limits.bucket_s))
+    longest = timedelta(seconds=_longest_s(limits))
     if membership.backend == "gloo":
         return dist.ProcessGroupGloo(store, rank, world, longest)
     if membership.backend != "nccl":

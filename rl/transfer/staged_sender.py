@@ -244,9 +244,9 @@ class _Passing:
             return
         while (taken := self._taken_so_far()) < number:
             self._board.until(
-                lambda: self._taken_so_far() > taken,  # noqa: B023 - called in this round only
+                lambda: self._taken_so_far() > taken,
                 self._limit_s,
-                lambda: f"{self._engine} to take {self._named(taken)}",  # noqa: B023
+                lambda: f"{self._engine} to take {self._named(taken)}",
                 spins=self._spins,
             )
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from rl.models.architecture import read_architecture
 from rl.models.builder import build_model
 from rl.models.weights import load_weights
 from rl.rollout.weights import WeightMismatch, checked, fetch
-from rl.transfer.links import Limits, Rendezvous, TransferError, source_name
+from rl.transfer.links import Board, Limits, Rendezvous, TransferError, source_name
 from rl.transfer.plan import TensorSpec, make_plan, plan_transfer
 from rl.transfer.receiver import Incoming, receiver_names
 from rl.transfer.staged_receiver import StagedReceiver
@@ -122,10 +123,16 @@ KEYS = {f"t{rank}.{i}": (i, rank, 0) for rank in (0, 1) for i in range(24)}
 TURNS = turns_of(PLAN, KEYS)
 
 
+def hang_until_somebody_gave_up(membership):
+    board, deadline = Board(membership, "the test"), time.monotonic() + 60
+    while not board.store.check(["failed"]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
 def member(faults):
     """Ranks 0 and 1 train, 2 and 3 receive. ``faults``: {rank: what it does half-way}.
 
-    Returns ``(error or None, its message, tensors taken or exported, seconds)``.
+    Returns ``(error or None, its message, tensors taken or exported)``.
     """
     rank = dist.get_rank()
     fault, limits = faults.get(rank), SHORT if "stalls" in faults.values() else LIMITS
@@ -140,11 +147,10 @@ def member(faults):
     dist.all_gather_object(handles, sender and sender.join(membership, staging_bytes(PLAN)))
     dist.barrier()
     done = 0
-    started = time.monotonic()
 
     def half_way():
         if done == 10 and fault == "stalls":
-            time.sleep(12)
+            hang_until_somebody_gave_up(membership)
         if done == 10 and fault == "raises":
             raise RuntimeError("a layer of another kind")
 
@@ -169,24 +175,22 @@ def member(faults):
                 done += 1
     except (TransferError, RuntimeError, WeightMismatch) as error:
         answer = (type(error).__name__, str(error))
-    seconds = time.monotonic() - started
     dist.barrier()  # the driver's store lives in rank 0
-    return *answer, done, seconds
+    return *answer, done
 
 
 def test_nothing_is_wrong(ranks):
     answers = ranks(4).run(member, {})
-    assert [(error, done) for error, _, done, _ in answers] == [(None, 24), (None, 24), (None, 48), (None, 48)]
+    assert [(error, done) for error, _, done in answers] == [(None, 24), (None, 24), (None, 48), (None, 48)]
 
 
 def test_an_engine_that_hangs_is_named_with_its_bucket_and_ranks_export_to_the_end(ranks):
     answers = ranks(4).run(member, {3: "stalls"})
     for rank in (0, 1, 2):
-        error, message, _, seconds = answers[rank]
+        error, message, _ = answers[rank]
         assert error in ("TransferTimeout", "TransferError"), rank
         assert "waited 2 s for engine 1 rank 0 to take bucket" in message
         assert "of 12" in message
-        assert seconds < 11.0
     assert [answers[rank][2] for rank in (0, 1)] == [24, 24]  # nobody is left alone in a gather
     assert answers[3][0] == "TransferError"  # when it wakes up: what it has is torn
     assert answers[3][2] < 48
@@ -213,7 +217,6 @@ def test_a_rank_that_hangs_is_named_by_the_others(ranks):
     for rank in (0, 2, 3):
         assert answers[rank][0] in ("TransferTimeout", "TransferError")
         assert "for trainer rank 1 at bucket" in answers[rank][1]
-        assert answers[rank][3] < 11.0
 
 
 def test_members_with_other_plans_do_not_begin(ranks):
@@ -244,8 +247,6 @@ def test_what_is_published_is_seen_and_what_is_taken_too():
 def test_memory_of_another_process_or_generation_is_refused(tmp_path):
     staging = Staging(4096, CPU, generation=5, rank=3)
     handles = staging.handles()
-    from dataclasses import replace
-
     with pytest.raises(TransferError, match=r"trainer rank 3: .* is not what it made"):
         replace(handles, generation=6).open(CPU)
     with pytest.raises(TransferError, match="processes of one host"):
