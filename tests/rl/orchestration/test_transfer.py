@@ -219,6 +219,7 @@ def test_colocated_engines_get_through_staging_memory_what_the_store_would_bring
             run__steps=3,
             rollout__engines=2,
             trainer__parallel={"tp": 2, "ep": 2},
+            trainer__sequence_parallel=True,
             stream={"transfer": path, "colocated": True},
         )
         command = Command(config)
@@ -249,6 +250,7 @@ def test_a_colocated_engine_killed_during_the_run_gets_its_weights_from_the_offl
         run__steps=6,
         rollout__engines=2,
         trainer__parallel={"tp": 2, "ep": 2},
+        trainer__sequence_parallel=True,
         stream={"transfer": "ipc", "colocated": True},
     )
     command = Command(config)
