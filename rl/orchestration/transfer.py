@@ -185,6 +185,8 @@ class WeightTransfer:
             if self._plan is None or plan.ranks != self._plan.ranks:
                 self._membership = None
             self._plan = plan
+            # The digest travels with the plan, so that nobody computes it again.
+            logger.debug("weights travel by plan %s, from %d trainer ranks", plan.digest, len(plan.ranks))
             if self._staged:
                 self._turns = turns_of(plan, {t.name: h.key for ours in announced for h in ours for t in h.tensors})
                 if staging_bytes(plan) > self._staging_bytes:
@@ -297,10 +299,10 @@ def send_weights(run: Run) -> None:
     run.trainer_turn()
     transfer, config = run.transfer, run.config
     if transfer.path == "ipc" and run.turn == "trainer":
-        # Engines must be awake while the trainer's weights are still on the GPU; the rest makes room for them.
+        # Engines' weights must have room while the trainer's are still on the GPU; everything else waits.
         with run.phase("offload"):
             run.trainer.offload(("gradients", "optimizer"))
-            run.pool.wake()
+            run.pool.wake(weights_only=True)
     with run.phase("export"):
         payload = transfer.prepare(settled=run.updating is None)
     if payload.path != "ipc":

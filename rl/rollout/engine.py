@@ -106,6 +106,7 @@ class RolloutEngine:
         self._thread: EngineThread | None = None
         self._up = asyncio.Event()
         self._torn: str | None = None
+        self._weights_awake = False  # while the rest sleeps
         self._tokenizer: Any = None
         self._end_tokens: tuple[int, ...] = ()
         self._manifest: dict[str, tuple[int, ...]] = {}
@@ -567,6 +568,9 @@ class RolloutEngine:
             started = time.monotonic()
             if thread.running:
                 raise RuntimeError(f"engine {self.index}: {thread.running} requests are running; wait before sleeping")
+            if self._weights_awake:
+                compat.wake(engine, weights_only=False, weights_awake=True)
+                self._weights_awake = False
             if self.config.sleep_mode and not engine.is_sleeping():
                 engine.reset_prefix_cache()
                 engine.sleep(level=1 if keep_weights else 2)
@@ -576,13 +580,19 @@ class RolloutEngine:
 
         return await self._call(nap, self.config.update_timeout_s, "falling asleep")
 
-    async def wake(self) -> float:
-        """Take the device again; returns the seconds it took. Waking an engine that is awake does nothing."""
+    async def wake(self, weights_only: bool = False) -> float:
+        """Take the device again; returns the seconds it took. Waking an engine that is awake does nothing.
+
+        Args:
+            weights_only: take memory of weights, which may then be updated, and leave that of keys and values until
+                the engine is woken wholly.
+        """
 
         def rise(engine: Any) -> float:
             started = time.monotonic()
             if self.config.sleep_mode and engine.is_sleeping():
-                engine.wake_up()
+                compat.wake(engine, weights_only=weights_only, weights_awake=self._weights_awake)
+                self._weights_awake = weights_only
             return time.monotonic() - started
 
         return await self._call(rise, self.config.update_timeout_s, "waking up")

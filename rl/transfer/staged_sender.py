@@ -79,6 +79,7 @@ class StagedSender:
             ValueError: no such member.
             TransferTimeout: naming the ranks that did not come.
         """
+        before = self._staging
         self.close()
         ranks = membership.sources
         if len(ranks) <= self.rank or ranks[self.rank] != self.name:
@@ -89,7 +90,7 @@ class StagedSender:
         if len(ranks) > 1:
             among = replace(membership, sources=ranks[:1], receivers=ranks[1:])
             self._link = Link(among, 0, self.rank, self._board, self.device)
-        self._staging = Staging(nbytes, self.device, membership.generation, self.rank)
+        self._staging = Staging(nbytes, self.device, membership.generation, self.rank, before)
         self._transfers = 0
         return self._staging.handles()
 

@@ -122,10 +122,15 @@ class Staging(_Counters):
         device: where it lies.
         generation: of the membership.
         rank: of the trainer.
+        before: staging memory of the generation before: its ring on a GPU is used again if it is large enough. What an
+            engine that died had opened would otherwise stay taken, as nobody says that it is free.
     """
 
-    def __init__(self, nbytes: int, device: torch.device, generation: int, rank: int) -> None:
+    def __init__(
+        self, nbytes: int, device: torch.device, generation: int, rank: int, before: Staging | None = None
+    ) -> None:
         on_cpu = device.type == "cpu"
+        self._pool: Any = None
         self._descriptor = os.memfd_create("transfer-staging", os.MFD_CLOEXEC)
         os.ftruncate(self._descriptor, _PAGE + (nbytes if on_cpu else 0))
         mapped = mmap.mmap(self._descriptor, 0)
@@ -134,6 +139,8 @@ class Staging(_Counters):
         self.generation, self.rank = generation, rank
         if on_cpu:
             self.ring = torch.frombuffer(mapped, dtype=torch.uint8, offset=_PAGE)
+        elif before is not None and before.nbytes >= nbytes:
+            self.ring, self._pool = before.ring, before._pool
         else:
             with _plain_allocations() as self._pool:
                 self.ring = torch.zeros(nbytes, dtype=torch.uint8, device=device)
@@ -154,13 +161,11 @@ class Staging(_Counters):
         self._words[_WRITTEN] = number + 1
 
     def close(self) -> None:
-        """Let go; the memory lives until the engine has closed it, too."""
+        """Let go of what the engine opens by; memory is freed with this object, once the engine has closed it, too."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-        device = self.ring.device
-        del self.ring, self._words
-        if device.type == "cuda":
+        if self.ring.device.type == "cuda":
             torch.cuda.ipc_collect()
 
 

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,3 +32,14 @@ def test_check_needs_no_vllm() -> None:
         "compat.installed_version(); sys.exit('vllm' in sys.modules or 'torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("weights_only", "weights_awake", "calls"),
+    [(False, False, [None]), (True, False, [["weights"]]), (False, True, [["kv_cache"]]), (True, True, [])],
+)
+def test_no_memory_of_a_sleeping_engine_is_mapped_twice(weights_only, weights_awake, calls):
+    told = []
+    engine = SimpleNamespace(wake_up=lambda tags: told.append(tags))
+    compat.wake(engine, weights_only=weights_only, weights_awake=weights_awake)
+    assert told == calls
