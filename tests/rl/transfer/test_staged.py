@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +21,10 @@ from rl.models import tiny
 from rl.models.architecture import read_architecture
 from rl.models.builder import build_model
 from rl.models.weights import load_weights
-from rl.rollout.weights import WeightMismatch, checked, fetch
+from rl.rollout.weights import WeightMismatch, WeightUpdateExtension, checked, fetch
 from rl.transfer.links import Board, Limits, Rendezvous, TransferError, source_name
 from rl.transfer.plan import TensorSpec, make_plan, plan_transfer
-from rl.transfer.receiver import Incoming, receiver_names
+from rl.transfer.receiver import Incoming, Receiver, receiver_names
 from rl.transfer.staged_receiver import StagedReceiver
 from rl.transfer.staged_sender import StagedSender
 from rl.transfer.staging import ENTRIES, Entry, Staging
@@ -283,6 +284,24 @@ def test_who_joined_nothing_says_so():
     with pytest.raises(TransferError, match="in no generation"):
         StagedSender(0, CPU).hand_over(PLAN, TURNS, (taken.append(i) for i in range(3)))
     assert taken == [0, 1, 2]
+
+
+def test_an_engines_worker_opens_the_memory_and_leaves_it_for_another():
+    worker = WeightUpdateExtension()
+    worker.model_runner, worker.rank = SimpleNamespace(model=torch.nn.Linear(1, 1)), 0
+    rendezvous = Rendezvous("127.0.0.1")
+    for _ in range(2):
+        membership = rendezvous.generation(*members_of(1), "gloo", LIMITS)
+        staging = Staging(4096, CPU, membership.generation, 0)
+        assert worker.ultraep_transfer_join(membership, 0, staging.handles()).error is None
+        assert isinstance(worker._ultraep_receiver, StagedReceiver)
+        assert worker._ultraep_receiver.name == "engine 0 rank 0"
+        staging.close()
+    wrong = worker.ultraep_transfer_join(membership, 0, replace(staging.handles(), generation=9)).error
+    assert isinstance(wrong, TransferError)
+    refused = worker.ultraep_transfer_join(replace(membership, limits=Limits(join_s=0.2)), 0, None).error
+    assert isinstance(refused, TransferError)  # a broadcast's member, whom nobody joins
+    assert isinstance(worker._ultraep_receiver, Receiver)
 
 
 def test_members_must_be_all_ranks_in_order():
