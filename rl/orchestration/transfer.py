@@ -276,7 +276,9 @@ class WeightTransfer:
                 ray.get(done[0])
             except ray.exceptions.RayError as error:
                 found = _translated(error, who[done[0]], what)
-                failure = failure or found
+                # A rank whose peer died fails, too, and often first: the one that died is the cause to name.
+                died = isinstance(error, ray.exceptions.RayActorError) and isinstance(found, TrainerDied)
+                failure = found if failure is None or died else failure
                 if generation is not None:
                     self._broken(generation, str(found))
         if failure is not None:

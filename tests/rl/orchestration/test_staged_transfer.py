@@ -3,6 +3,8 @@
 What fails half-way is followed by the copy in the object store, and the next version goes directly again.
 """
 
+import os
+import signal
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -20,7 +22,7 @@ from rl.orchestration import transfer as orchestration
 from rl.orchestration.transfer import WeightTransfer
 from rl.rollout.pool import _future
 from rl.rollout.weights import TornWeights, checked, fetch
-from rl.training.group import Trainer
+from rl.training.group import Trainer, TrainerDied
 from rl.training.spec import OptimizerSpec, TrainerSpec
 from rl.transfer.receiver import receiver_name
 from rl.transfer.staged_receiver import StagedReceiver
@@ -191,4 +193,20 @@ def test_without_all_engines_a_version_goes_through_the_store(trainer, model, mo
     monkeypatch.setattr(orchestration, "_BUCKET_BYTES", 60_000)
     ray.kill(pool.handles[1])  # it is not known yet, and is found out while members join
     assert transfer.prepare(settled=True).path == "store"
+    transfer.close()
+
+
+def test_a_rank_that_is_killed_is_named_long_before_the_limit(trainer, model, monkeypatch):
+    """The last test here: the trainer is of no use afterwards."""
+    pool = Pool(2)
+    transfer = transfer_of(trainer, pool, monkeypatch, 10 * WAIT_S)
+    ray.get(pool.handles[0].fail_next.remote("hangs"), timeout=WAIT_S)
+    payload = transfer.prepare(settled=True)
+    futures = [transfer.engines.update_on(i, 1, payload.chunks, payload.manifest, "refuse") for i in (0, 1)]
+    os.kill(trainer.ranks[1]["pid"], signal.SIGKILL)
+    for future in futures:
+        with pytest.raises(TrainerDied, match="trainer rank 1"):
+            future.result(WAIT_S)
+    with pytest.raises(TrainerDied, match="trainer rank 1"):
+        transfer.release()
     transfer.close()
