@@ -1,0 +1,338 @@
+#!/usr/bin/env python
+"""Host time of an engine step, beside vLLM's own.
+
+    python scripts/bench_engine_step.py                                  # CPU, a model so small that host time is all
+    python scripts/bench_engine_step.py --gpu --json FILE                # SmolLM2-135M's shape with 8 experts
+    python scripts/bench_engine_step.py --modes before --running 256 --profile
+
+Modes, each an engine in a process of its own:
+
+- ``bare``: vLLM's engine alone, without seeds, log-probs and routes. The ideal.
+- ``seeds``, ``logprobs``, ``routes``: bare with one of them, as vLLM does it.
+- ``before``: a :class:`RolloutEngine` with vLLM's random generator per request and a dictionary per token.
+- ``now``: a :class:`RolloutEngine` as it is.
+
+Columns:
+
+- ``step``: median ms from the start of a step to the start of the next, all samples decoding, none ending.
+- ``us/sample``: the same in us per running sample; ``over bare``: of these, what bare vLLM does not need.
+- ``cpu``: us of CPU time that the engine's thread used per running sample and step.
+- ``mixed``: us per running sample and step, mean, while samples of unequal length end and others take their place.
+
+Measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import cProfile
+import io
+import json
+import os
+import pstats
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from rl.rollout.config import Device, EngineConfig, Sampling, derive_seed, engine_environment  # noqa: E402
+from rl.rollout.engine import RolloutEngine  # noqa: E402
+from rl.types import Prompt  # noqa: E402
+
+MODES = ("bare", "seeds", "logprobs", "routes", "before", "now")
+GROUP = 8  # samples of a prompt
+PROMPT_TOKENS = 32
+SKIPPED = 4  # first steps with all samples, of which some still compute prompts
+LIMIT_S = 1800.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One mode with so many samples; see the module's docstring."""
+
+    mode: str
+    running: int
+    step_ms: float
+    sample_us: float
+    cpu_us: float
+    mixed_us: float
+    steps: int
+    over_bare_us: float | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """Start and end of one call of vLLM's ``step`` in s, CPU seconds of its thread, samples that ran."""
+
+    start: float
+    end: float
+    cpu: float
+    running: int
+
+
+class Clock:
+    """Takes the time of every step of an engine; :meth:`take` hands over what was taken."""
+
+    def __init__(self, engine: Any) -> None:
+        self._steps: list[Step] = []
+        inner = engine.step
+
+        def step() -> Any:
+            running = len(engine.output_processor.request_states)
+            cpu, start = time.thread_time(), time.perf_counter()
+            outputs = inner()
+            self._steps.append(Step(start, time.perf_counter(), time.thread_time() - cpu, running))
+            return outputs
+
+        engine.step = step
+
+    def take(self) -> list[Step]:
+        taken, self._steps = self._steps, []
+        return taken
+
+
+class Before(RolloutEngine):
+    """The engine with what it did before: a generator per request, a dictionary of log-probs per token."""
+
+
+class Bare:
+    """vLLM's in-process engine, stepped by this thread."""
+
+    def __init__(self, config: EngineConfig, mode: str) -> None:
+        from rl.rollout import compat
+
+        self._engine = RolloutEngine(config)._build()
+        self.clock = Clock(self._engine)
+        self._vllm = compat.engine_api()
+        self._mode = mode
+        self._count = 0
+
+    def profiled(self, profile: cProfile.Profile, function: Callable[[], None]) -> None:
+        profile.runcall(function)
+
+    def _add(self, length: int) -> None:
+        self._count += 1
+        seed = derive_seed(0, str(self._count)) if self._mode == "seeds" else None
+        params = self._vllm.SamplingParams(
+            temperature=1.0,
+            max_tokens=length,
+            seed=seed,
+            logprobs=0 if self._mode == "logprobs" else None,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=self._vllm.FINAL_ONLY,
+        )
+        prompt = prompt_tokens(self._count // GROUP).tolist()
+        self._engine.add_request(str(self._count), {"prompt_token_ids": prompt}, params)
+
+    def run(self, lengths: Sequence[int], running: int) -> None:
+        """Draw samples of these lengths, at most ``running`` at a time."""
+        waiting = list(reversed(lengths))
+        while waiting or self._engine.has_unfinished_requests():
+            while waiting and len(self._engine.output_processor.request_states) < running:
+                self._add(waiting.pop())
+            self._engine.step()
+
+    def close(self) -> None:
+        from rl.rollout import compat
+
+        compat.shut_down(self._engine)
+
+
+class Ours:
+    """A rollout engine, with its thread and its event loop."""
+
+    def __init__(self, config: EngineConfig, mode: str) -> None:
+        self._runner = asyncio.Runner()
+        self._engine = (Before if mode == "before" else RolloutEngine)(config)
+        self._runner.run(self._engine.start())
+        self.clock = self._on_thread(Clock)
+        self._groups = 0
+
+    def _on_thread(self, function: Callable[[Any], Any]) -> Any:
+        return self._engine._live().call(function).result(LIMIT_S)
+
+    def profiled(self, profile: cProfile.Profile, function: Callable[[], None]) -> None:
+        self._on_thread(lambda engine: profile.enable())
+        function()
+        self._on_thread(lambda engine: profile.disable())
+
+    def run(self, lengths: Sequence[int], running: int) -> None:
+        """Draw samples of these lengths, at most ``running`` at a time, groups of ``GROUP`` together."""
+        self._runner.run(self._generate(lengths, running))
+
+    async def _generate(self, lengths: Sequence[int], running: int) -> None:
+        seats = asyncio.Semaphore(running // GROUP)
+        sampling = Sampling(max_tokens=max(lengths), ignore_eos=True)
+
+        async def group(number: int, length: int) -> None:
+            async with seats:
+                prompt = Prompt(f"p{number}", 0, 0, "", prompt_tokens(number), metadata={"max_tokens": length})
+                samples = await self._engine.generate(prompt, [f"{number}/{k}" for k in range(GROUP)], sampling, number)
+                if any(len(getattr(sample, "response_tokens", ())) != length for sample in samples):
+                    raise SystemExit(f"expected {GROUP} samples of {length} tokens, got {samples}")
+
+        first = self._groups
+        self._groups += len(lengths) // GROUP
+        await asyncio.gather(*(group(first + n, length) for n, length in enumerate(lengths[::GROUP])))
+
+    def close(self) -> None:
+        self._runner.run(self._engine.stop())
+        self._runner.close()
+
+
+def prompt_tokens(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(3, 200, PROMPT_TOKENS).astype(np.int32)
+
+
+def make_model(path: Path, device: Device) -> None:
+    """Random weights: only times are looked at."""
+    from rl.models import tiny
+
+    if device == "cuda":
+        shape = {"layers": 30, "hidden": 576, "heads": 9, "kv_heads": 3, "intermediate": 1536}
+        tiny.mixtral(path, **shape, initializer_range=0.02, dtype="bfloat16")
+    else:
+        tiny.mixtral(path, layers=2, hidden=32, heads=1, kv_heads=1, intermediate=32)
+
+
+def engine_config(arguments: argparse.Namespace) -> EngineConfig:
+    return EngineConfig(
+        str(arguments.model),
+        dtype="bfloat16" if arguments.gpu else "float32",
+        device="cuda" if arguments.gpu else "cpu",
+        max_model_len=PROMPT_TOKENS + 4 * arguments.tokens,
+        max_num_seqs=max(arguments.running),
+        kv_cache_memory_bytes=(16 << 30) if arguments.gpu else (256 << 20),
+        capture_routes=arguments.mode in ("routes", "before", "now"),
+        generate_timeout_s=LIMIT_S,
+        enforce_eager=not arguments.graphs,
+    )
+
+
+def whole_groups(running: int, tokens: int) -> list[int]:
+    """Lengths of three times ``running`` samples, log-normal with median ``tokens / 2``, equal within a group."""
+    drawn = np.random.default_rng(7).lognormal(np.log(tokens / 2), 0.6, 3 * running // GROUP)
+    return np.repeat(np.clip(drawn, 4, 4 * tokens - 1).astype(int), GROUP).tolist()
+
+
+def measure(mode: str, subject: Bare | Ours, running: int, tokens: int) -> Row:
+    subject.run([SKIPPED] * running, running)  # warm
+    subject.clock.take()
+    subject.run([tokens] * running, running)
+    steps = [step for step in subject.clock.take() if step.running == running][SKIPPED:]
+    periods = [after.start - step.start for step, after in zip(steps, steps[1:], strict=False)]
+    step_s = statistics.median(periods)
+    cpu_s = statistics.median(step.cpu for step in steps[:-1])
+    subject.run(whole_groups(running, tokens), running)
+    mixed = subject.clock.take()
+    seconds = sum(after.start - step.start for step, after in zip(mixed, mixed[1:], strict=False))
+    mixed_s = seconds / sum(step.running for step in mixed[:-1])
+    us = 1e6 / running
+    return Row(mode, running, 1e3 * step_s, us * step_s, us * cpu_s, 1e6 * mixed_s, len(periods))
+
+
+def one_mode(arguments: argparse.Namespace) -> None:
+    """In a process of its own; prints its rows as JSON lines behind a mark."""
+    subject: Bare | Ours = (Ours if arguments.mode in ("before", "now") else Bare)(
+        engine_config(arguments), arguments.mode
+    )
+    try:
+        for running in arguments.running:
+            row = measure(arguments.mode, subject, running, arguments.tokens)
+            print("ROW " + json.dumps(asdict(row)), flush=True)
+        if arguments.profile:
+            profile = cProfile.Profile()
+            running = arguments.running[-1]
+            subject.profiled(profile, lambda: subject.run([arguments.tokens] * running, running))
+            text = io.StringIO()
+            pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(40)
+            print(f"\n{arguments.mode}, {running} samples of {arguments.tokens} tokens\n{text.getvalue()}", flush=True)
+    finally:
+        subject.close()
+
+
+def run_mode(mode: str, arguments: argparse.Namespace, model: Path) -> list[Row]:
+    device: Device = "cuda" if arguments.gpu else "cpu"
+    command = [sys.executable, str(Path(__file__)), "--mode", mode, "--model", str(model)]
+    command += ["--tokens", str(arguments.tokens), "--running", *map(str, arguments.running)]
+    command += [flag for flag in ("gpu", "profile", "graphs") if getattr(arguments, flag) for flag in [f"--{flag}"]]
+    environment = os.environ | engine_environment(device)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S)
+    rows = []
+    for line in done.stdout.splitlines():
+        if line.startswith("ROW "):
+            rows.append(Row(**json.loads(line[4:])))
+        elif arguments.profile:
+            print(line)
+    if done.returncode:
+        raise SystemExit(f"{mode}: exit code {done.returncode}\n{done.stdout[-4000:]}")
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = ["mode       running   step ms   us/sample   over bare       cpu     mixed"]
+    for row in rows:
+        over = "-" if row.over_bare_us is None else f"{row.over_bare_us:.1f}"
+        lines.append(
+            f"{row.mode:<10} {row.running:>7} {row.step_ms:>9.2f} {row.sample_us:>11.1f} {over:>11} "
+            f"{row.cpu_us:>9.1f} {row.mixed_us:>9.1f}"
+        )
+    return "\n".join(lines)
+
+
+def beside_bare(rows: Sequence[Row]) -> list[Row]:
+    bare = {row.running: row.sample_us for row in rows if row.mode == "bare"}
+    return [
+        Row(**asdict(row) | {"over_bare_us": row.sample_us - bare[row.running] if row.running in bare else None})
+        for row in rows
+    ]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="on a GPU, with a larger model")
+    parser.add_argument("--graphs", action="store_true", help="let vLLM compile and use CUDA graphs")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["bare", "before", "now"])
+    parser.add_argument("--running", nargs="+", type=int, default=[32, 128, 256, 512], help=f"multiples of {GROUP}")
+    parser.add_argument("--tokens", type=int, default=64, help="of each response")
+    parser.add_argument("--profile", action="store_true", help="print the engine thread's functions by own time")
+    parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, help="Hugging Face directory; default: a random model")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.mode:
+        one_mode(arguments)
+        return
+    from scripts.machine import hardware
+
+    with tempfile.TemporaryDirectory() as directory:
+        model = arguments.model or Path(directory) / "model"
+        if arguments.model is None:
+            make_model(model, "cuda" if arguments.gpu else "cpu")
+        rows: list[Row] = []
+        for mode in arguments.modes:
+            rows += run_mode(mode, arguments, model)
+            print(table(beside_bare(rows)) + "\n", flush=True)
+    if arguments.json:
+        result = {"hardware": hardware(), "tokens": arguments.tokens, "rows": [asdict(r) for r in beside_bare(rows)]}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
