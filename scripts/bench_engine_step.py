@@ -38,6 +38,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -232,12 +233,12 @@ def measure(mode: str, subject: Bare | Ours, running: int, tokens: int) -> Row:
     subject.clock.take()
     subject.run([tokens] * running, running)
     steps = [step for step in subject.clock.take() if step.running == running][SKIPPED:]
-    periods = [after.start - step.start for step, after in zip(steps, steps[1:], strict=False)]
+    periods = [after.start - step.start for step, after in pairwise(steps)]
     step_s = statistics.median(periods)
     cpu_s = statistics.median(step.cpu for step in steps[:-1])
     subject.run(whole_groups(running, tokens), running)
     mixed = subject.clock.take()
-    seconds = sum(after.start - step.start for step, after in zip(mixed, mixed[1:], strict=False))
+    seconds = sum(after.start - step.start for step, after in pairwise(mixed))
     mixed_s = seconds / sum(step.running for step in mixed[:-1])
     us = 1e6 / running
     return Row(mode, running, 1e3 * step_s, us * step_s, us * cpu_s, 1e6 * mixed_s, len(periods))
