@@ -40,6 +40,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -103,8 +104,27 @@ class Clock:
         return taken
 
 
-class Before(RolloutEngine):
-    """The engine with what it did before: a generator per request, a dictionary of log-probs per token."""
+class Stock(RolloutEngine):
+    """The engine with vLLM's own sampler: a generator per request that has a seed."""
+
+    def _exchange_sampler(self, engine: Any) -> bool:
+        return False
+
+
+class Before(Stock):
+    """The engine with what it did before: that, and a dictionary of log-probs per token."""
+
+    def _params(self, *args: Any) -> Any:
+        params = super()._params(*args)
+        params.flat_logprobs = False
+        return params
+
+    def _assemble(self, *args: Any) -> Any:
+        output = args[4]
+        pairs = zip(output.logprobs or (), output.token_ids, strict=False)
+        logprobs = [entry[token].logprob for entry, token in pairs]
+        output.logprobs = SimpleNamespace(logprobs=logprobs, start_indices=range(len(logprobs)))
+        return super()._assemble(*args)
 
 
 class Bare:
@@ -113,7 +133,7 @@ class Bare:
     def __init__(self, config: EngineConfig, mode: str) -> None:
         from rl.rollout import compat
 
-        self._engine = RolloutEngine(config)._build()
+        self._engine = Stock(config)._build()
         self.clock = Clock(self._engine)
         self._vllm = compat.engine_api()
         self._mode = mode

@@ -109,6 +109,7 @@ class RolloutEngine:
         self._end_tokens: tuple[int, ...] = ()
         self._manifest: dict[str, tuple[int, ...]] = {}
         self._optional: tuple[str, ...] = ()
+        self._exchanged = False  # what draws tokens, see ``sampling.install``
         self._finished: dict[str, Sample] = {}  # of groups that still run
         _set_environment(config.device)
 
@@ -184,7 +185,14 @@ class RolloutEngine:
         if config.tensor_parallel > 1:
             for names in (shared_memory_names(), *call_ranks(engine, "ultraep_settle_in")):
                 forget_shared_memory(names)
+        self._exchanged = self._exchange_sampler(engine)
         return engine
+
+    def _exchange_sampler(self, engine: Any) -> bool:
+        """See ``sampling.install``."""
+        from rl.rollout import sampling  # imports torch
+
+        return all(call_ranks(engine, sampling.install))
 
     async def stop(self) -> None:
         """End the engine and free its memory; running requests fail with ``EngineFailed``.
@@ -240,9 +248,8 @@ class RolloutEngine:
         """Go on with samples that were aborted, on this or another engine, from their prompt and response so far.
 
         Keys and values are computed again from the tokens; tokens, log-probs, version spans and routes of the part
-        before stay as they are, and what comes is appended. ``sampling.max_tokens`` counts the whole response. Greedy
-        sampling gives the tokens that it would have given; otherwise they have the same distribution, but other random
-        numbers.
+        before stay as they are, and what comes is appended. ``sampling.max_tokens`` counts the whole response. With the
+        seed of ``generate``, and on the same kind of device, they draw with the random numbers they would have had.
         """
         for sample in samples:
             if sample.finish_reason != "abort":
@@ -327,10 +334,8 @@ class RolloutEngine:
     ) -> Sample | str:
         """One request; a sample, or why what came back must be refused."""
         tokens = prompt.tokens if before is None else before.tokens
-        # A continuation must not see the random numbers of the part before again.
-        done = 0 if before is None else len(before.response_tokens)
-        name = f"{sample_id}+{done}" if done else sample_id
-        params = self._params(prompt, sampling, derive_seed(seed, name, attempt), len(tokens))
+        # A continuation has the seed of the part before: random numbers go by the tokens that are there.
+        params = self._params(prompt, sampling, derive_seed(seed, sample_id, attempt), len(tokens))
         thread = self._live()
         request: Request = await asyncio.wrap_future(thread.submit(sample_id, tokens.tolist(), params))
         result = await asyncio.shield(asyncio.wrap_future(request.output))
@@ -352,17 +357,20 @@ class RolloutEngine:
                 f"than {most} response tokens, got {length} tokens of which {len(prompt.tokens)} are "
                 "the prompt; filter long prompts or raise max_model_len"
             )
+        from rl.rollout.sampling import request_seed
+
         vllm = compat.engine_api()
         end_tokens = () if sampling.ignore_eos else self._end_tokens
         return vllm.SamplingParams(
             temperature=sampling.temperature,
             max_tokens=min(room, allowed),
-            seed=seed,
             logprobs=0,
+            flat_logprobs=True,  # one list per request instead of an object per token
             stop_token_ids=sorted({*end_tokens, *sampling.stop_token_ids}),
             ignore_eos=True,  # the end tokens are in stop_token_ids: the engine has no tokenizer to ask
             detokenize=False,
             output_kind=vllm.FINAL_ONLY,
+            **request_seed(seed, self._exchanged),
         )
 
     def _assemble(
@@ -376,10 +384,7 @@ class RolloutEngine:
     ) -> Sample | str:
         """vLLM's final output, after what a continued sample had ``before`` (its routes: ``earlier``)."""
         response = np.asarray(output.token_ids, dtype=np.int32)
-        logprobs = np.array(
-            [entry[token].logprob for entry, token in zip(output.logprobs or (), output.token_ids, strict=False)],
-            dtype=np.float32,
-        )
+        logprobs = compat.sampled_logprobs(output)
         reason = validation.check_logprobs(logprobs, len(response))
         if reason is not None:
             return reason
