@@ -476,7 +476,6 @@ BROKEN = [
     ([("stream.elastic", {"max_engines": 1}), ("rollout.engines", 2)], "stream.elastic.max_engines", "at least"),
     ([("stream", {"colocated": True, "elastic": {"max_engines": 2}})], "stream.elastic.max_engines", "each trainer"),
     ([*PPO, ("fuse.training.mode", "on")], "fuse.training.mode", "no bubbles"),
-    ([("fuse.training.memory_margin", 1.0)], "fuse.training.memory_margin", "less than 1"),
     ([("fuse.tail.enabled", True), ("stream.staleness", 1)], "fuse.tail.enabled", "no tail to fill"),
     (
         [("fuse.tail.enabled", True), ("algorithm.old_logprobs", "rollout")],
