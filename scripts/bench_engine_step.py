@@ -8,13 +8,16 @@
 Modes, each an engine in a process of its own:
 
 - ``bare``: vLLM's engine alone, without seeds, log-probs and routes. The ideal.
-- ``seeds``, ``logprobs``, ``routes``: bare with one of them, as vLLM does it.
-- ``before``: a :class:`RolloutEngine` with vLLM's random generator per request and a dictionary per token.
+- ``seeds``, ``logprobs``, ``routes``: bare with one of them, as vLLM does it: a random generator per request, a
+  dictionary per token.
+- ``noise``, ``flat``: bare with what takes the place of the first two now.
+- ``before``: a :class:`RolloutEngine` with generators and dictionaries.
 - ``now``: a :class:`RolloutEngine` as it is.
 
 Columns:
 
-- ``step``: median ms from the start of a step to the start of the next, all samples decoding, none ending.
+- ``step``: ms from the start of a step to the start of the next, all samples decoding, none ending; the median, and of
+  several repetitions (``--repeats``) the least.
 - ``us/sample``: the same in us per running sample; ``over bare``: of these, what bare vLLM does not need.
 - ``cpu``: us of CPU time that the engine's thread used per running sample and step.
 - ``mixed``: us per running sample and step, mean, while samples of unequal length end and others take their place.
@@ -37,7 +40,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,7 +55,7 @@ from rl.rollout.config import Device, EngineConfig, Sampling, derive_seed, engin
 from rl.rollout.engine import RolloutEngine  # noqa: E402
 from rl.types import Prompt  # noqa: E402
 
-MODES = ("bare", "seeds", "logprobs", "routes", "before", "now")
+MODES = ("bare", "seeds", "noise", "logprobs", "flat", "routes", "before", "now")
 GROUP = 8  # samples of a prompt
 PROMPT_TOKENS = 32
 SKIPPED = 4  # first steps with all samples, of which some still compute prompts
@@ -132,8 +135,10 @@ class Bare:
 
     def __init__(self, config: EngineConfig, mode: str) -> None:
         from rl.rollout import compat
+        from rl.rollout.sampling import request_seed
 
-        self._engine = Stock(config)._build()
+        self._request_seed = request_seed
+        self._engine = (RolloutEngine if mode == "noise" else Stock)(config)._build()
         self.clock = Clock(self._engine)
         self._vllm = compat.engine_api()
         self._mode = mode
@@ -144,15 +149,16 @@ class Bare:
 
     def _add(self, length: int) -> None:
         self._count += 1
-        seed = derive_seed(0, str(self._count)) if self._mode == "seeds" else None
+        seed = derive_seed(0, str(self._count))
         params = self._vllm.SamplingParams(
             temperature=1.0,
             max_tokens=length,
-            seed=seed,
-            logprobs=0 if self._mode == "logprobs" else None,
+            logprobs=0 if self._mode in ("logprobs", "flat") else None,
+            flat_logprobs=self._mode == "flat",
             ignore_eos=True,
             detokenize=False,
             output_kind=self._vllm.FINAL_ONLY,
+            **(self._request_seed(seed, self._mode == "noise") if self._mode in ("noise", "seeds") else {}),
         )
         prompt = prompt_tokens(self._count // GROUP).tolist()
         self._engine.add_request(str(self._count), {"prompt_token_ids": prompt}, params)
@@ -238,7 +244,7 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
         kv_cache_memory_bytes=(16 << 30) if arguments.gpu else (256 << 20),
         capture_routes=arguments.mode in ("routes", "before", "now"),
         generate_timeout_s=LIMIT_S,
-        enforce_eager=not arguments.graphs,
+        cuda_graphs=arguments.graphs,
     )
 
 
@@ -246,6 +252,13 @@ def whole_groups(running: int, tokens: int) -> list[int]:
     """Lengths of three times ``running`` samples, log-normal with median ``tokens / 2``, equal within a group."""
     drawn = np.random.default_rng(7).lognormal(np.log(tokens / 2), 0.6, 3 * running // GROUP)
     return np.repeat(np.clip(drawn, 4, 4 * tokens - 1).astype(int), GROUP).tolist()
+
+
+def least(rows: Sequence[Row]) -> Row:
+    """Of repetitions the least of each figure: what others on the machine add is not ours."""
+    first = rows[0]
+    figures = {name: min(getattr(row, name) for row in rows) for name in ("step_ms", "sample_us", "cpu_us", "mixed_us")}
+    return replace(first, **figures)
 
 
 def measure(mode: str, subject: Bare | Ours, running: int, tokens: int) -> Row:
@@ -271,7 +284,8 @@ def one_mode(arguments: argparse.Namespace) -> None:
     )
     try:
         for running in arguments.running:
-            row = measure(arguments.mode, subject, running, arguments.tokens)
+            repetitions = range(arguments.repeats)
+            row = least([measure(arguments.mode, subject, running, arguments.tokens) for _ in repetitions])
             print("ROW " + json.dumps(asdict(row)), flush=True)
         if arguments.profile:
             profile = cProfile.Profile()
@@ -287,7 +301,14 @@ def one_mode(arguments: argparse.Namespace) -> None:
 def run_mode(mode: str, arguments: argparse.Namespace, model: Path) -> list[Row]:
     device: Device = "cuda" if arguments.gpu else "cpu"
     command = [sys.executable, str(Path(__file__)), "--mode", mode, "--model", str(model)]
-    command += ["--tokens", str(arguments.tokens), "--running", *map(str, arguments.running)]
+    command += [
+        "--tokens",
+        str(arguments.tokens),
+        "--repeats",
+        str(arguments.repeats),
+        "--running",
+        *map(str, arguments.running),
+    ]
     command += [flag for flag in ("gpu", "profile", "graphs") if getattr(arguments, flag) for flag in [f"--{flag}"]]
     environment = os.environ | engine_environment(device)
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S)
@@ -316,19 +337,19 @@ def table(rows: Sequence[Row]) -> str:
 def beside_bare(rows: Sequence[Row]) -> list[Row]:
     bare = {row.running: row.sample_us for row in rows if row.mode == "bare"}
     return [
-        Row(**asdict(row) | {"over_bare_us": row.sample_us - bare[row.running] if row.running in bare else None})
-        for row in rows
+        replace(row, over_bare_us=row.sample_us - bare[row.running] if row.running in bare else None) for row in rows
     ]
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="on a GPU, with a larger model")
-    parser.add_argument("--graphs", action="store_true", help="let vLLM compile and use CUDA graphs")
+    parser.add_argument("--graphs", action="store_true", help="replay decoding steps as CUDA graphs")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["bare", "before", "now"])
     parser.add_argument("--running", nargs="+", type=int, default=[32, 128, 256, 512], help=f"multiples of {GROUP}")
     parser.add_argument("--tokens", type=int, default=64, help="of each response")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="print the engine thread's functions by own time")
     parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help="Hugging Face directory; default: a random model")

@@ -267,7 +267,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--modes", nargs="+", default=["sync", "streaming", "one-step"], choices=list(STREAM))
     parser.add_argument("--gpus", type=int, default=0, help="GPUs to use; 0: CPUs")
     parser.add_argument(
-        "--model", type=Path, metavar="DIRECTORY", help="with --gpus: a model in Hugging Face's form, for random weights"
+        "--model",
+        type=Path,
+        metavar="DIRECTORY",
+        help="with --gpus: a Hugging Face directory; random weights by default",
     )
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=32, help="prompts of a step")

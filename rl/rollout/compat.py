@@ -170,6 +170,20 @@ def moe_layer_ids(model: Any) -> list[int]:
     return sorted(ids)
 
 
+def output_heads(model: Any) -> list[Any]:
+    """The layers of a model that make logits, with their ``weight`` and ``quant_method``.
+
+    Raises:
+        UnexpectedVllm: it has none.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    heads = [m for m in model.modules() if isinstance(m, ParallelLMHead)]
+    if not heads:
+        raise UnexpectedVllm(f"expected an output layer (ParallelLMHead) in {type(model).__name__}, found none")
+    return heads
+
+
 @contextmanager
 def layerwise_reload(model: Any, vllm_config: Any) -> Iterator[Callable[[Iterable[tuple[str, Any]]], Any]]:
     """In-place reload of a model from checkpoint-format tensors, layer by layer.

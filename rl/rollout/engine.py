@@ -36,7 +36,7 @@ import numpy as np
 from megatron_ultraep.replay import histogram, layer_digests
 from megatron_ultraep.runtime.profiler import ProfileSettings
 from rl.rollout import compat, model_files, routes, validation, weights
-from rl.rollout.config import Device, EngineConfig, Sampling, derive_seed, engine_environment
+from rl.rollout.config import Device, EngineConfig, Sampling, derive_seed, engine_environment, graph_sizes
 from rl.rollout.ranks import call_ranks, forget_shared_memory, shared_memory_names, unlink_once
 from rl.rollout.stepper import EngineFailed, EngineThread, Request
 from rl.rollout.validation import RefusedSample
@@ -152,7 +152,7 @@ class RolloutEngine:
             "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
             "block_size": config.block_size,
             "tensor_parallel_size": config.tensor_parallel,
-            "enforce_eager": config.enforce_eager,
+            "enforce_eager": not config.cuda_graphs,
             "seed": config.seed,
             "enable_prefix_caching": True,
             # Steps must be settled when weights change between them.
@@ -167,6 +167,13 @@ class RolloutEngine:
         }
         if config.sleep_mode:
             arguments["enable_sleep_mode"] = True
+        if config.cuda_graphs:
+            # Without the compiler, whose minute a change of the model's code costs again.
+            arguments["compilation_config"] = {
+                "mode": 0,
+                "cudagraph_mode": "FULL_DECODE_ONLY",
+                "cudagraph_capture_sizes": graph_sizes(config.max_num_seqs),
+            }
         if config.max_num_batched_tokens is not None:
             arguments["max_num_batched_tokens"] = config.max_num_batched_tokens
         if config.capture_routes and model_files.is_moe(Path(config.model_path)):
@@ -186,6 +193,10 @@ class RolloutEngine:
             for names in (shared_memory_names(), *call_ranks(engine, "ultraep_settle_in")):
                 forget_shared_memory(names)
         self._exchanged = self._exchange_sampler(engine)
+        if config.float32_head:
+            from rl.rollout import head
+
+            call_ranks(engine, head.install)
         return engine
 
     def _exchange_sampler(self, engine: Any) -> bool:
