@@ -64,7 +64,7 @@ class StepMemory:
                                 "fuse.training.memory_margin, or recompute more (trainer.recompute)",
                             )
                         )
-        return max(tight)[1] if tight else ""
+        return max(tight, key=lambda each: each[0])[1] if tight else ""
 
 
 class FusedMemory:

@@ -151,14 +151,19 @@ def kept(model: ModelOnRanks, stage: int, micro_batches: int) -> int:
 
 def passing(model: ModelOnRanks, stage: int) -> int:
     """Bytes that come and go in the backward of a stage, at their fullest: of one layer, or of logits."""
-    layers = [layer for chunk in chunks_of_stage(model.arch, model.parallel, stage) for layer in chunk]
-    most = max(
-        activations.needed_by_layer(model.arch, model.parallel, model.work, moe=moe) + (_dispatch(model) if moe else 0)
-        for moe in {layer in model.arch.moe_layers for layer in layers}
-    )
+    most = passing_layer(model, stage)
     if stage == model.parallel.pp - 1:
         most = max(most, activations.logits(model.arch, model.parallel, model.work))
     return most
+
+
+def passing_layer(model: ModelOnRanks, stage: int) -> int:
+    """The same of one layer alone, the stage's fullest."""
+    layers = [layer for chunk in chunks_of_stage(model.arch, model.parallel, stage) for layer in chunk]
+    return max(
+        activations.needed_by_layer(model.arch, model.parallel, model.work, moe=moe) + (_dispatch(model) if moe else 0)
+        for moe in {layer in model.arch.moe_layers for layer in layers}
+    )
 
 
 def passing_forward(model: ModelOnRanks, stage: int) -> int:

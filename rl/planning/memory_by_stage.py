@@ -14,7 +14,8 @@ from dataclasses import replace
 from rl.config import RunConfig
 from rl.models.architecture import Architecture
 from rl.planning import constants
-from rl.planning.memory import ModelOnRanks, kept, passing, passing_forward
+from rl.planning.activations import logits, logits_forward
+from rl.planning.memory import ModelOnRanks, kept, passing_forward, passing_layer
 from rl.planning.plan import models_on_ranks
 
 
@@ -33,12 +34,16 @@ def expected_memory(config: RunConfig, arch: Architecture) -> Callable[[str, int
 def of_micro_batch(model: ModelOnRanks, stage: int) -> tuple[float, float]:
     """(held, passing) bytes of a micro-batch of ``model.work.tokens`` rows; a model that is not trained holds none.
 
+    Logits are held: in 1F1B the last stage's backward follows its forward at once, in a fused schedule it need not.
     Communicators of neighbouring stages come with the first step, so they are part of what passes.
     """
-    if model.trained:
-        held, moving = kept(model, stage, 1), passing(model, stage)
-    else:
+    if not model.trained:
         held, moving = 0, passing_forward(model, stage)
+    else:
+        held, moving = kept(model, stage, 1), passing_layer(model, stage)
+        if stage == model.parallel.pp - 1:
+            whole, forward = (f(model.arch, model.parallel, model.work) for f in (logits, logits_forward))
+            held, moving = held + forward, max(moving, whole - forward)
     neighbours = (stage > 0) + (stage < model.parallel.pp - 1)
     beyond = 1 + constants.ALLOCATOR_SHARE
     return beyond * held, beyond * moving + neighbours * constants.PEER_BYTES

@@ -5,6 +5,7 @@ import pytest
 from rl.config import from_dict
 from rl.models.architecture import architecture
 from rl.planning import constants
+from rl.planning.activations import logits_forward
 from rl.planning.memory import passing, trainer_memory
 from rl.planning.memory_by_stage import expected_memory
 from rl.planning.plan import models_on_ranks
@@ -27,10 +28,15 @@ def test_one_micro_batch_is_a_share_of_what_the_planner_counts(given):
     rows = config.trainer.tokens_per_micro_batch
     counted = trainer_memory([actor], 4, 8, distributed_optimizer=True)
     beyond = 1 + constants.ALLOCATOR_SHARE
-    for stage, in_flight in ((0, 2), (1, 1)):
-        held, moving = expected("actor", stage, rows)
-        assert held * in_flight == pytest.approx(beyond * counted[stage].bytes_of("activations"))
-        assert moving == pytest.approx(beyond * passing(actor, stage) + constants.PEER_BYTES)
+    held, moving = expected("actor", 0, rows)
+    # Of two in flight.
+    assert 2 * held == pytest.approx(beyond * counted[0].bytes_of("activations"))
+    assert moving == pytest.approx(beyond * passing(actor, 0) + constants.PEER_BYTES)
+    # Logits of one in flight do not pass, they stay until its backward.
+    held, moving = expected("actor", 1, rows)
+    logits = logits_forward(arch, actor.parallel, actor.work)
+    assert held == pytest.approx(beyond * (counted[1].bytes_of("activations") + logits))
+    assert beyond * (passing(actor, 1) - logits) <= moving - constants.PEER_BYTES <= beyond * passing(actor, 1)
 
 
 def test_it_grows_with_rows(given):
