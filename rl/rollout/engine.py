@@ -450,8 +450,8 @@ class RolloutEngine:
     def _decode(self, response: np.ndarray) -> str:
         if self._tokenizer is None:
             return ""
-        # A padded vocabulary has ids that no tokenizer knows.
-        known = [token for token in response.tolist() if token < len(self._tokenizer)]
+        # A padded vocabulary has ids that no tokenizer knows; counting those that it knows is not free.
+        known = response[response < len(self._tokenizer)].tolist()
         return str(self._tokenizer.decode(known, skip_special_tokens=True))
 
     # ------------------------------------------------------------------ routes
