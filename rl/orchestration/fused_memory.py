@@ -81,16 +81,19 @@ class FusedMemory:
         self._models, self._expected, self._margin = dict(models), expected, margin
         self._nodes = next(iter(self._models.values())).layout.pp
         self._found: dict[str, tuple[StageMemory, ...]] = {}
+        self._steps = 0
 
     def observe(self, outcome: FusedOutcome) -> None:
-        """Take what operations of a step took: the most so far.
+        """Take what operations of a step took: the most so far, without the first step once there is a second one,
+        since it also made what is made once.
 
         Of steps whose micro-batches have less than half the rows of others, nothing is learnt: what does not depend on
         rows would make each of theirs seem large.
         """
+        self._steps += 1
         for name, stages in outcome.memory.items():
             before = self._found.get(name)
-            if before is None or stages[0].rows > 2 * before[0].rows:
+            if before is None or self._steps == 2 or stages[0].rows > 2 * before[0].rows:
                 self._found[name] = stages
             elif 2 * stages[0].rows >= before[0].rows:
                 self._found[name] = tuple(most_of(pair) for pair in zip(before, stages, strict=True))

@@ -216,6 +216,7 @@ class Fusion:
         self._worker, self._timeout = worker, timeout_s
         device = worker.actor.device
         self._memory = device_memory(device) if memory is None and device.type == "cuda" else memory
+        self._steps = 0
         self._links: Links | None = None
         self._executors: dict[str, FusedExecutor] = {}
 
@@ -237,16 +238,17 @@ class Fusion:
         ordered = [by_name[model.name] for model in schedule.problem.models]
         started = time.perf_counter()
         executor = self._executor(schedule)
-        allocated = None if self._memory is None else self._memory().allocated
+        allocated = self._allocated()
         with contextlib.ExitStack() as stack:
             prepared = [self._prepare(part, stack) for part in ordered]
             report = executor.run([stage_work(each) for each in prepared], allocated=allocated)
             routes = [each.finish() for each in prepared]
-        computed = time.perf_counter()
+        computed, first = time.perf_counter(), self._steps == 0
+        self._steps += 1
         rows = [each.rows for each in prepared]
         result = FusedResult(
             stages=_stage_seconds(schedule.problem, report),
-            memory=_stage_memory(schedule.problem, report, rows),
+            memory=_stage_memory(schedule.problem, report, rows, self._allocated() - allocated, first),
             peak=report.peak,
             makespan=report.makespan,
             finish_s=report.finish_s,
@@ -258,6 +260,10 @@ class Fusion:
                 taken = self._worker.runners[part.model].by_sample(part.batch, kept)
                 result.logprobs[part.model] = taken, route_report
         return result
+
+    def _allocated(self) -> int:
+        """Bytes of this rank's tensors; 0 where nothing is counted."""
+        return 0 if self._memory is None else self._memory().allocated
 
     def _prepare(self, part: FusedPart, stack: contextlib.ExitStack) -> PreparedPass:
         if isinstance(part.task, TakingLogprobs):
@@ -333,13 +339,27 @@ def _stage_seconds(problem: Problem, report: ExecutionReport) -> dict[str, Stage
     }
 
 
-def _stage_memory(problem: Problem, report: ExecutionReport, rows: Sequence[Sequence[int]]) -> dict[str, StageMemory]:
-    """``rows``: of each model's micro-batches."""
+def _stage_memory(
+    problem: Problem, report: ExecutionReport, rows: Sequence[Sequence[int]], stayed: int, first: bool
+) -> dict[str, StageMemory]:
+    """What operations took, without what is made once (tables of positions, workspaces), which the next step has.
+
+    Args:
+        problem: of the step.
+        report: of its run.
+        rows: of each model's micro-batches.
+        stayed: bytes that are allocated after the run and were not before it.
+        first: of these models; what forwards make once they make for the first micro-batch.
+    """
     if report.memory is None:
         return {}
     held, passing = ([0.0] * len(problem.models) for _ in range(2))
     for measured, counted in zip(report.measured, report.memory, strict=True):
-        m, own = measured.operation.model, rows[measured.operation.model][measured.operation.microbatch]
-        if 2 * own >= max(rows[m]):
-            held[m], passing[m] = max(held[m], counted.held / own), max(passing[m], counted.passing / own)
+        m, i = measured.operation.model, measured.operation.microbatch
+        own = rows[m][i]
+        if 2 * own < max(rows[m]):
+            continue
+        if not (first and i == 0 and any(2 * other >= max(rows[m]) for other in rows[m][1:])):
+            held[m] = max(held[m], counted.held / own)
+        passing[m] = max(passing[m], (counted.passing - max(0, stayed)) / own)
     return {model.name: StageMemory(max(rows[m]), held[m], passing[m]) for m, model in enumerate(problem.models)}

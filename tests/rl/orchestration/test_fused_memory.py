@@ -51,7 +51,10 @@ def test_measurements_take_over_and_scale_with_rows(memory):
     assert step.measured
     assert step.activations == {"actor": (50_000, 50_000), "critic": (25_000, 25_000)}
     assert step.passing == (3_000, 3_000)
-    # The most so far, of steps of a like size.
+    # The first step made what is made once: a second one replaces it.
+    memory.observe(outcome(1000, held=45.0, passing=3.0))
+    assert memory.of_step(ROWS, reports(*[900_000] * 4)).activations["actor"] == (45_000, 45_000)
+    # Then the most so far, of steps of a like size.
     memory.observe(outcome(800, held=60.0, passing=2.0))
     memory.observe(outcome(300, held=900.0, passing=900.0))
     step = memory.of_step({"actor": 2000, "critic": 100}, reports(*[900_000] * 4))
