@@ -5,7 +5,7 @@
     python scripts/bench_engine_step.py --gpu --json FILE                # SmolLM2-135M's shape with 8 experts
     python scripts/bench_engine_step.py --modes before --running 256 --profile
 
-Modes, each an engine in a process of its own:
+Modes; those that one engine can have in turn are measured in turn:
 
 - ``bare``: vLLM's engine alone, without seeds, log-probs and routes. The ideal.
 - ``seeds``, ``logprobs``, ``routes``: bare with one of them, as vLLM does it: a random generator per request, a
@@ -53,9 +53,11 @@ sys.path.insert(0, str(ROOT))
 
 from rl.rollout.config import Device, EngineConfig, Sampling, derive_seed, engine_environment  # noqa: E402
 from rl.rollout.engine import RolloutEngine  # noqa: E402
+from rl.rollout.ranks import call_ranks  # noqa: E402
 from rl.types import Prompt  # noqa: E402
 
-MODES = ("bare", "seeds", "noise", "logprobs", "flat", "routes", "before", "now")
+FAMILIES = (("bare", "seeds", "noise", "logprobs", "flat"), ("routes",), ("before", "now"))
+MODES = tuple(mode for family in FAMILIES for mode in family)
 GROUP = 8  # samples of a prompt
 PROMPT_TOKENS = 32
 SKIPPED = 4  # first steps with all samples, of which some still compute prompts
@@ -107,42 +109,73 @@ class Clock:
         return taken
 
 
-class Stock(RolloutEngine):
-    """The engine with vLLM's own sampler: a generator per request that has a seed."""
+class Samplers:
+    """What draws tokens in an engine of one rank: vLLM's own, or ours."""
+
+    def __init__(self, engine: Any) -> None:
+        from rl.rollout import compat, sampling
+
+        self._engine, self._set = engine, compat.set_token_sampler
+        self._stock = self._current(compat)
+        self.exchanged: bool = call_ranks(engine, sampling.install)[0]
+        self._ours = self._current(compat)
+
+    def _current(self, compat: Any) -> Any:
+        return self._engine.collective_rpc(lambda worker: compat.token_sampler(worker.model_runner))[0]
+
+    def use(self, ours: bool) -> None:
+        module = self._ours if ours else self._stock
+        if self.exchanged:
+            self._engine.collective_rpc(lambda worker: self._set(worker.model_runner, module))
+
+
+class Switched(RolloutEngine):
+    """The engine as it is, or with what it did before: a generator per request, a dictionary of log-probs per token."""
+
+    before = False
+    samplers: Samplers
 
     def _exchange_sampler(self, engine: Any) -> bool:
-        return False
+        self.samplers = Samplers(engine)
+        return self.samplers.exchanged
 
-
-class Before(Stock):
-    """The engine with what it did before: that, and a dictionary of log-probs per token."""
+    async def switch(self, before: bool) -> None:
+        self.before, self._exchanged = before, self.samplers.exchanged and not before
+        await asyncio.wrap_future(self._live().call(lambda engine: self.samplers.use(not before)))
 
     def _params(self, *args: Any) -> Any:
         params = super()._params(*args)
-        params.flat_logprobs = False
+        params.flat_logprobs = not self.before
         return params
 
     def _assemble(self, *args: Any) -> Any:
-        output = args[4]
-        pairs = zip(output.logprobs or (), output.token_ids, strict=False)
-        logprobs = [entry[token].logprob for entry, token in pairs]
-        output.logprobs = SimpleNamespace(logprobs=logprobs, start_indices=range(len(logprobs)))
+        if self.before:
+            output = args[4]
+            pairs = zip(output.logprobs or (), output.token_ids, strict=False)
+            logprobs = [entry[token].logprob for entry, token in pairs]
+            output.logprobs = SimpleNamespace(logprobs=logprobs, start_indices=range(len(logprobs)))
         return super()._assemble(*args)
 
 
 class Bare:
     """vLLM's in-process engine, stepped by this thread."""
 
-    def __init__(self, config: EngineConfig, mode: str) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         from rl.rollout import compat
         from rl.rollout.sampling import request_seed
 
         self._request_seed = request_seed
-        self._engine = (RolloutEngine if mode == "noise" else Stock)(config)._build()
+        owner = Switched(config)
+        self._engine = owner._build()
+        self._samplers = owner.samplers
         self.clock = Clock(self._engine)
         self._vllm = compat.engine_api()
-        self._mode = mode
+        self._mode = "bare"
         self._count = 0
+
+    def switch(self, mode: str) -> None:
+        self._mode = mode
+        self._samplers.use(mode == "noise")
 
     def profiled(self, profile: cProfile.Profile, function: Callable[[], None]) -> None:
         profile.runcall(function)
@@ -150,6 +183,7 @@ class Bare:
     def _add(self, length: int) -> None:
         self._count += 1
         seed = derive_seed(0, str(self._count))
+        seeded = self._request_seed(seed, self._mode == "noise" and self._samplers.exchanged)
         params = self._vllm.SamplingParams(
             temperature=1.0,
             max_tokens=length,
@@ -158,7 +192,7 @@ class Bare:
             ignore_eos=True,
             detokenize=False,
             output_kind=self._vllm.FINAL_ONLY,
-            **(self._request_seed(seed, self._mode == "noise") if self._mode in ("noise", "seeds") else {}),
+            **(seeded if self._mode in ("noise", "seeds") else {}),
         )
         prompt = prompt_tokens(self._count // GROUP).tolist()
         self._engine.add_request(str(self._count), {"prompt_token_ids": prompt}, params)
@@ -180,12 +214,15 @@ class Bare:
 class Ours:
     """A rollout engine, with its thread and its event loop."""
 
-    def __init__(self, config: EngineConfig, mode: str) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self._runner = asyncio.Runner()
-        self._engine = (Before if mode == "before" else RolloutEngine)(config)
+        self._engine = Switched(config)
         self._runner.run(self._engine.start())
         self.clock = self._on_thread(Clock)
         self._groups = 0
+
+    def switch(self, mode: str) -> None:
+        self._runner.run(self._engine.switch(mode == "before"))
 
     def _on_thread(self, function: Callable[[Any], Any]) -> Any:
         return self._engine._live().call(function).result(LIMIT_S)
@@ -242,7 +279,7 @@ def engine_config(arguments: argparse.Namespace) -> EngineConfig:
         max_model_len=PROMPT_TOKENS + 4 * arguments.tokens,
         max_num_seqs=max(arguments.running),
         kv_cache_memory_bytes=(16 << 30) if arguments.gpu else (256 << 20),
-        capture_routes=arguments.mode in ("routes", "before", "now"),
+        capture_routes=arguments.family[0] in ("routes", "before", "now"),
         generate_timeout_s=LIMIT_S,
         cuda_graphs=arguments.graphs,
     )
@@ -277,39 +314,42 @@ def measure(mode: str, subject: Bare | Ours, running: int, tokens: int) -> Row:
     return Row(mode, running, 1e3 * step_s, us * step_s, us * cpu_s, 1e6 * mixed_s, len(periods))
 
 
-def one_mode(arguments: argparse.Namespace) -> None:
+def one_family(arguments: argparse.Namespace) -> None:
     """In a process of its own; prints its rows as JSON lines behind a mark."""
-    subject: Bare | Ours = (Ours if arguments.mode in ("before", "now") else Bare)(
-        engine_config(arguments), arguments.mode
-    )
+    family: list[str] = arguments.family
+    subject = (Ours if "now" in family or "before" in family else Bare)(engine_config(arguments))
     try:
         for running in arguments.running:
-            repetitions = range(arguments.repeats)
-            row = least([measure(arguments.mode, subject, running, arguments.tokens) for _ in repetitions])
-            print("ROW " + json.dumps(asdict(row)), flush=True)
+            rows: dict[str, list[Row]] = {mode: [] for mode in family}
+            for _ in range(arguments.repeats):
+                for mode in family:  # in turn, so that what else the machine does befalls all
+                    subject.switch(mode)
+                    rows[mode].append(measure(mode, subject, running, arguments.tokens))
+            for repetitions in rows.values():
+                print("ROW " + json.dumps(asdict(least(repetitions))), flush=True)
         if arguments.profile:
-            profile = cProfile.Profile()
-            running = arguments.running[-1]
-            subject.profiled(profile, lambda: subject.run([arguments.tokens] * running, running))
-            text = io.StringIO()
-            pstats.Stats(profile, stream=text).sort_stats("tottime").print_stats(40)
-            print(f"\n{arguments.mode}, {running} samples of {arguments.tokens} tokens\n{text.getvalue()}", flush=True)
+            for mode in family:
+                subject.switch(mode)
+                print(profile(mode, subject, arguments.running[-1], arguments.tokens), flush=True)
     finally:
         subject.close()
 
 
-def run_mode(mode: str, arguments: argparse.Namespace, model: Path) -> list[Row]:
+def profile(mode: str, subject: Bare | Ours, running: int, tokens: int) -> str:
+    """The 40 functions of the engine's thread that took most time of their own."""
+    profiler, text = cProfile.Profile(), io.StringIO()
+    subject.profiled(profiler, lambda: subject.run([tokens] * running, running))
+    pstats.Stats(profiler, stream=text).sort_stats("tottime").print_stats(40)
+    return f"\n{mode}, {running} samples of {tokens} tokens\n{text.getvalue()}"
+
+
+def run_family(family: Sequence[str], arguments: argparse.Namespace, model: Path) -> list[Row]:
+    """Rows of modes that one engine can have in turn."""
     device: Device = "cuda" if arguments.gpu else "cpu"
-    command = [sys.executable, str(Path(__file__)), "--mode", mode, "--model", str(model)]
-    command += [
-        "--tokens",
-        str(arguments.tokens),
-        "--repeats",
-        str(arguments.repeats),
-        "--running",
-        *map(str, arguments.running),
-    ]
-    command += [flag for flag in ("gpu", "profile", "graphs") if getattr(arguments, flag) for flag in [f"--{flag}"]]
+    command = [sys.executable, str(Path(__file__)), "--family", *family, "--model", str(model)]
+    command += ["--tokens", str(arguments.tokens), "--repeats", str(arguments.repeats)]
+    command += ["--running", *map(str, arguments.running)]
+    command += [f"--{flag}" for flag in ("gpu", "profile", "graphs") if getattr(arguments, flag)]
     environment = os.environ | engine_environment(device)
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S)
     rows = []
@@ -319,11 +359,12 @@ def run_mode(mode: str, arguments: argparse.Namespace, model: Path) -> list[Row]
         elif arguments.profile:
             print(line)
     if done.returncode:
-        raise SystemExit(f"{mode}: exit code {done.returncode}\n{done.stdout[-4000:]}")
+        raise SystemExit(f"{', '.join(family)}: exit code {done.returncode}\n{done.stdout[-4000:]}")
     return rows
 
 
 def table(rows: Sequence[Row]) -> str:
+    rows = sorted(rows, key=lambda row: (MODES.index(row.mode), row.running))
     lines = ["mode       running   step ms   us/sample   over bare       cpu     mixed"]
     for row in rows:
         over = "-" if row.over_bare_us is None else f"{row.over_bare_us:.1f}"
@@ -351,15 +392,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="of each response")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="print the engine thread's functions by own time")
-    parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--family", nargs="+", choices=MODES, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help="Hugging Face directory; default: a random model")
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse()
-    if arguments.mode:
-        one_mode(arguments)
+    if arguments.family:
+        one_family(arguments)
         return
     from scripts.machine import hardware
 
@@ -368,8 +409,11 @@ def main() -> None:
         if arguments.model is None:
             make_model(model, "cuda" if arguments.gpu else "cpu")
         rows: list[Row] = []
-        for mode in arguments.modes:
-            rows += run_mode(mode, arguments, model)
+        for family in FAMILIES:
+            chosen = [mode for mode in family if mode in arguments.modes]
+            if not chosen:
+                continue
+            rows += run_family(chosen, arguments, model)
             print(table(beside_bare(rows)) + "\n", flush=True)
     if arguments.json:
         result = {"hardware": hardware(), "tokens": arguments.tokens, "rows": [asdict(r) for r in beside_bare(rows)]}
