@@ -68,6 +68,8 @@ METRICS = BALANCE_METRICS | {
     "fuse/training/predicted": "What its schedule says, with times that earlier steps measured, seconds.",
     "fuse/training/saved_fraction": "Fraction of the models' schedules one after the other that fusing saves.",
     "fuse/training/over_bound": "The schedule's makespan over its lower bound, likewise.",
+    "fuse/training/planned_peak_gib": "GPUs: GiB of the fullest rank above those before a fused step, by its schedule.",
+    "fuse/training/peak_gib": "The same, measured.",
     "fuse/tail/threshold": "Unfinished samples at which the tail of generation was gathered; 0: it was not to be.",
     "fuse/tail/migrated_samples": "Samples that went on at another engine.",
     "fuse/tail/kept_tokens": "Response tokens that they took along.",

@@ -351,12 +351,16 @@ class Bench:
             for name in (*METHODS[i % 3 :], *METHODS[: i % 3]):
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
+                    allocated = torch.cuda.memory_allocated()
                 if name == "serial":
                     runs = [self.run(schedule, (m,)) for m, schedule in enumerate(alone)]
                 else:
                     runs = [self.run(together[name], (0, 1))]
                 if torch.cuda.is_available():
-                    memory[name] = max(memory.get(name, 0.0), torch.cuda.max_memory_allocated() / 2**30)
+                    # The executor sets torch's peak back at every operation.
+                    peaks = [allocated + (report.peak or 0) for _, report in runs]
+                    peak = max(*peaks, torch.cuda.max_memory_allocated())
+                    memory[name] = max(memory.get(name, 0.0), peak / 2**30)
                 if i >= o.warmup:
                     spans[name].append(sum(span for span, _ in runs))
                     finishes[name].append(sum(report.finish_s for _, report in runs))

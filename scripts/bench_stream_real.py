@@ -9,7 +9,8 @@
 Each mode is a run of its own of ``ultraep-rl train`` with the same prompts, seeds and number of samples. Response
 lengths are log-normal by prompt and cut off at a limit (a long tail), whatever the model says; what follows a
 response's end is neither rewarded nor learnt from. On CPUs it is the smoke recipe's task and model; on GPUs a model of
-SmolLM2-135M's shape with 8 experts, 2 of them active, in each layer (random weights: only times are looked at there).
+SmolLM2-135M's shape with 8 experts, 2 of them active, in each layer (random weights unless ``--model`` says which:
+``python -c "from rl.models import upcycle; upcycle.smollm2('DIRECTORY')"`` makes the real one).
 
 - ``step``: median seconds of a step without the first ones; ``generate`` and ``train``: seconds in which engines and
   trainer ranks were busy, weight updates included.
@@ -109,8 +110,8 @@ def configuration(mode: str, arguments: argparse.Namespace, directory: Path) -> 
     if arguments.gpus:
         half = arguments.gpus if mode == "colocated" else arguments.gpus // 2
         config["model"] = {
-            "path": str(directory / "model"),
-            "create": "scripts.bench_stream_real:smollm2_shaped",
+            "path": str(arguments.model or directory / "model"),
+            "create": None if arguments.model else "scripts.bench_stream_real:smollm2_shaped",
             "dtype": "bfloat16",
         }
         config["trainer"] |= {"ranks": half, "backend": "nccl", "parallel": {"ep": half}}
@@ -265,6 +266,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", nargs="+", default=["sync", "streaming", "one-step"], choices=list(STREAM))
     parser.add_argument("--gpus", type=int, default=0, help="GPUs to use; 0: CPUs")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIRECTORY",
+        help="with --gpus: a Hugging Face directory; random weights by default",
+    )
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=32, help="prompts of a step")
     parser.add_argument("--samples", type=int, default=8, help="responses to each")

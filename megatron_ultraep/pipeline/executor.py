@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from megatron_ultraep.pipeline.agreement import ScheduleMismatch, agree
 from megatron_ultraep.pipeline.communication import Links, Transfer
+from megatron_ultraep.pipeline.memory import Memory, OperationMemory, OperationsMemory, device_memory
 from megatron_ultraep.pipeline.problem import InvalidSchedule, Operation, Schedule
 from megatron_ultraep.pipeline.simulate import simulate
 from megatron_ultraep.pipeline.steps import Message, Step, steps_of
@@ -84,11 +85,15 @@ class ExecutionReport:
         kept: of each model what its loss function kept, per micro-batch; empty but on its last stage.
         measured: every operation, in order.
         finish_s: time of reducing gradients and of what else comes after the last operation, in seconds.
+        memory: of every operation, in order; None where nothing is counted, on CPUs.
+        peak: most bytes at once above those before the run, until the last operation; None likewise.
     """
 
     kept: tuple[list[Any], ...]
     measured: tuple[Measured, ...]
     finish_s: float
+    memory: tuple[OperationMemory, ...] | None = None
+    peak: int | None = None
 
     @property
     def makespan(self) -> float:
@@ -103,15 +108,19 @@ class FusedExecutor:
         schedule: the same on every rank; see ``share_schedule``.
         links: made for the models' placements; may serve many executors, one after the other.
         timeout_s: limit of every wait, that of ``links`` by default.
+        memory: readings of this rank's memory; by default those of its CUDA device, none on CPUs.
 
     Raises:
         InvalidSchedule: it cannot run; nothing was sent.
         ScheduleMismatch: ranks hold different ones, or ``links`` are for other placements.
     """
 
-    def __init__(self, schedule: Schedule, links: Links, *, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, schedule: Schedule, links: Links, *, timeout_s: float | None = None, memory: Memory | None = None
+    ) -> None:
         self.schedule = schedule
         self.links = links
+        self.memory = device_memory(links.device) if memory is None and links.device.type == "cuda" else memory
         self.timeout_s = links.timeout_s if timeout_s is None else timeout_s
         self.runs = 0
         invalid, complaint, timeline = None, _misfit(schedule, links), None
@@ -129,11 +138,12 @@ class FusedExecutor:
         self.timeline = timeline
         self.steps: tuple[Step, ...] = steps_of(schedule, links.node, timeline)
 
-    def run(self, works: Sequence[Work | None]) -> ExecutionReport:
+    def run(self, works: Sequence[Work | None], *, allocated: int | None = None) -> ExecutionReport:
         """Run every operation of this rank, and reduce gradients.
 
         Args:
             works: of each model of the problem; None where it has no stage on this rank.
+            allocated: bytes of this rank's memory before the works were made; by default what is allocated now.
 
         Raises:
             ScheduleMismatch: on all ranks, before anything runs, when one cannot run its part.
@@ -145,7 +155,7 @@ class FusedExecutor:
             raise ExecutionError(f"these links failed before, make new ones (and new processes): {links.broken}")
         agree(self.schedule.digest(), _unfit(self.schedule, works, links.node), group=links.control)
         board = FailureBoard(f"{links.name}/{links.next_run()}")
-        run = _Run(self, works)
+        run = _Run(self, works, allocated)
         begun = time.monotonic()
         try:
             with run.watched():
@@ -161,7 +171,10 @@ class FusedExecutor:
             raise explained from error
         self.runs += 1
         assert len(kept) == len(problem.models)
-        return ExecutionReport(kept, measured, finish_s)
+        counted = run.memory
+        if counted is None:
+            return ExecutionReport(kept, measured, finish_s)
+        return ExecutionReport(kept, measured, finish_s, tuple(counted.found), counted.peak)
 
 
 class _Run:
@@ -169,9 +182,10 @@ class _Run:
 
     Attributes:
         doing: what this rank is doing, for errors.
+        memory: of operations so far; None where nothing is counted.
     """
 
-    def __init__(self, executor: FusedExecutor, works: Sequence[Work | None]) -> None:
+    def __init__(self, executor: FusedExecutor, works: Sequence[Work | None], allocated: int | None) -> None:
         self._links, self._problem = executor.links, executor.schedule.problem
         self._timeout = executor.timeout_s
         self._stages = [None if work is None else work.begin() for work in works]
@@ -182,6 +196,7 @@ class _Run:
         self._watchdog: DeviceWatchdog | None = None
         self.doing = "beginning"
         self.clock: Any = _DeviceClock(self._device) if self._device.type == "cuda" else _HostClock()
+        self.memory = None if executor.memory is None else OperationsMemory(executor.memory, allocated)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -217,6 +232,8 @@ class _Run:
         assert stage is not None
         peer = None if step.receive is None else self._links.peer(step.receive.source)
         self._say(operation, "computing")
+        if self.memory is not None:
+            self.memory.begin()
         begin = self.clock.mark()
         if self._watchdog is not None:
             self._watchdog.began(self._describer(operation, peer), begin)
@@ -226,6 +243,9 @@ class _Run:
         self.clock.add(operation, begin, end)
         if self._watchdog is not None:
             self._watchdog.ended(end)
+        if self.memory is not None:
+            kept = not self._problem.models[operation.model].forward_only
+            self.memory.end(operation, received=0 if received is None else received.nbytes, kept=kept)
         if step.send is not None:
             self._send(step.send, result)
 

@@ -52,7 +52,17 @@ class FusedTrainingSection(Section):
     )  # fmt: skip
     solve_s: float = Field(4.0, gt=0, description="Seconds to search for a schedule, beside the loop.")
     drift: float = Field(
-        0.2, gt=0, description="Relative change of a stage's share of time above which a schedule is searched anew."
+        0.2,
+        gt=0,
+        description="Relative change of a stage's share of time, or growth of free memory, above which a schedule is "
+        "searched anew.",
+    )
+    memory_margin: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="On GPUs: fraction of a device that schedules leave free. They hold no more micro-batches at once "
+        "than fit beside it, by what operations took so far.",
     )
 
 

@@ -63,6 +63,11 @@ class ModelSection(Section):
     )
     create_args: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of `create`.")
     dtype: Dtype = Field("bfloat16", description="Parameter and compute type of the trainer; float64 is for tests.")
+    float32_head: bool = Field(
+        True,
+        description="Logits of a bfloat16 model are added up and kept in float32, in engines and trainer; rounding is "
+        "much of what their log-probs differ by.",
+    )
 
 
 class ForcedLengths(Section):
@@ -99,6 +104,9 @@ class RolloutSection(Section):
     kv_cache_gib: float = Field(1.0, gt=0, description="GiB of key-value cache of each rank of an engine.")
     block_size: int = Field(32, ge=1, description="Tokens in a key-value cache block.")
     tensor_parallel: int = Field(1, ge=1, description="Tensor-parallel ranks of each engine, on one node.")
+    cuda_graphs: bool = Field(
+        True, description="Engines on GPUs replay decoding steps as CUDA graphs, captured at the start; false: eager."
+    )
     max_regenerations: int = Field(
         3, ge=0, description="How often a sample refused for bad routes is generated again before the run stops."
     )

@@ -16,6 +16,7 @@ from megatron_ultraep.megatron import compat, cpu, rotary
 from megatron_ultraep.megatron.groups import ModelGroups
 from rl.models.architecture import Architecture, UnsupportedModel
 from rl.models.attention import PackedAttention, RMSNorm, WholeKeyNorm, WholeQueryNorm
+from rl.models.float32_head import install as install_float32_head
 from rl.models.stages import stage_layers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -251,6 +252,7 @@ def build_model(
     recompute: Recompute | None = None,
     seed: int = 0,
     permute_fusion: bool = False,
+    float32_head: bool = False,
 ) -> BuiltModel:
     """Build this rank's chunks with uninitialised weights; load weights before using them.
 
@@ -262,6 +264,7 @@ def build_model(
         recompute: activation recomputation.
         seed: of Megatron's random-number tracker.
         permute_fusion: Transformer Engine's kernels permute tokens; needs Transformer Engine.
+        float32_head: logits in float32 where ``dtype`` is 16-bit; see ``rl.models.float32_head``.
 
     Raises:
         ValueError: a layout that does not fit, with what to change.
@@ -303,6 +306,8 @@ def build_model(
         )
         if torch.cuda.is_available():
             chunk.cuda(torch.cuda.current_device())
+        if float32_head:
+            install_float32_head(chunk, dtype)
         chunk.vp_stage = stage
         chunks.append(chunk)
     _freeze_router_biases(config, chunks)

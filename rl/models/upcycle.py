@@ -126,6 +126,12 @@ def _dense(source: Path) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
     config = model.config
+    if source.is_file():
+        # transformers 5.17 reads the file's ids, but not which tokens they are: text would end with another token.
+        for name in ("bos_token", "eos_token", "pad_token"):
+            number = getattr(config, f"{name}_id")
+            if isinstance(number, int):
+                setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
     if config.model_type not in _MODEL_TYPES:
         raise ValueError(
             f"expected a dense model of type {' or '.join(_MODEL_TYPES)}, got {config.model_type!r} in {source}"

@@ -103,6 +103,8 @@ def engine_config(config: RunConfig) -> EngineConfig:
         block_size=r.block_size,
         tensor_parallel=r.tensor_parallel,
         seed=config.run.seed,
+        cuda_graphs=r.cuda_graphs and r.device == "cuda",
+        float32_head=config.model.float32_head and config.engine_dtype == "bfloat16",
         sleep_mode=config.stream.colocated and r.device == "cuda",
         capture_routes=r.capture_routes,
         max_regenerations=r.max_regenerations,
@@ -146,6 +148,7 @@ def trainer_spec(config: RunConfig, iterations: int) -> TrainerSpec:
             recompute=Recompute(c.recompute, c.recompute_modules),
         ),
         reference_layout=parallel_layout(config, "reference") if own_reference else None,
+        float32_head=config.model.float32_head,
         scorer=None if scorer is None else ScorerSpec(str(scorer.path.absolute()), parallel_layout(config, "scorer")),
     )
 

@@ -24,6 +24,7 @@ from rl.data.sources import (
 from rl.data.supervised import SupervisedExample, sft_examples
 from rl.files import write_json_lines
 from rl.rewards.loading import label_check
+from rl.rollout.model_files import end_tokens
 
 
 @dataclass
@@ -102,7 +103,8 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
     ``skipped_rows.jsonl`` of the run directory.
 
     Raises:
-        ConfigError: a chat template that the tokenizer does not have.
+        ConfigError: a chat template that the tokenizer does not have; a warm-up with a tokenizer that ends text with
+            another token than engines stop at.
         DataError: rows that cannot be used, all named; or none that can.
     """
     section, warmup = config.data, config.warmup
@@ -112,6 +114,8 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
             "chat_template.jinja to that directory, or set data.chat to false and use data.prompt_template."
         )
         raise ConfigError("data.chat", [Violation("data.chat", message)])
+    if warmup.steps:
+        _check_ends(config.model.path, tokenizer)
     encoding = {
         "template": section.prompt_template,
         "chat": section.chat,
@@ -155,6 +159,18 @@ def load_data(config: RunConfig, tokenizer: Any) -> Data:
     _report_skipped(config.output_dir, skipped)
     digests = {"train": train.digest} | ({"eval": held_out.digest} if held_out else {})
     return Data(train=train, held_out=held_out, warmup=examples, digests=digests)
+
+
+def _check_ends(model: Path, tokenizer: Any) -> None:
+    """Solved problems end with the tokenizer's end, responses with the model's."""
+    ends = end_tokens(model)
+    if ends and tokenizer.eos_token_id not in ends:
+        message = (
+            f"the tokenizer in {model} ends text with {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), but the "
+            f"model's config ends it with {', '.join(map(str, ends))}: a warm-up would teach an end at which no engine "
+            "stops. Correct eos_token in its tokenizer_config.json, or eos_token_id in its generation_config.json."
+        )
+        raise ConfigError("warmup.steps", [Violation("model.path", message)])
 
 
 def _report_skipped(run_directory: Path, skipped: Mapping[str, Sequence[BadRow]]) -> None:

@@ -151,13 +151,31 @@ def kept(model: ModelOnRanks, stage: int, micro_batches: int) -> int:
 
 def passing(model: ModelOnRanks, stage: int) -> int:
     """Bytes that come and go in the backward of a stage, at their fullest: of one layer, or of logits."""
+    most = passing_layer(model, stage)
+    if stage == model.parallel.pp - 1:
+        most = max(most, activations.logits(model.arch, model.parallel, model.work))
+    return most
+
+
+def passing_layer(model: ModelOnRanks, stage: int) -> int:
+    """The same of one layer alone, the stage's fullest."""
     layers = [layer for chunk in chunks_of_stage(model.arch, model.parallel, stage) for layer in chunk]
-    most = max(
+    return max(
         activations.needed_by_layer(model.arch, model.parallel, model.work, moe=moe) + (_dispatch(model) if moe else 0)
         for moe in {layer in model.arch.moe_layers for layer in layers}
     )
+
+
+def passing_forward(model: ModelOnRanks, stage: int) -> int:
+    """The same of a pass without backward: one layer's, or logits."""
+    layers = [layer for chunk in chunks_of_stage(model.arch, model.parallel, stage) for layer in chunk]
+    whole = Workload(model.work.tokens, model.work.width, model.work.imbalance, fused=model.work.fused)
+    most = max(
+        activations.kept_by_layer(model.arch, model.parallel, whole, moe=moe) + (_dispatch(model) if moe else 0)
+        for moe in {layer in model.arch.moe_layers for layer in layers}
+    )
     if stage == model.parallel.pp - 1:
-        most = max(most, activations.logits(model.arch, model.parallel, model.work))
+        most = max(most, activations.logits_forward(model.arch, model.parallel, model.work))
     return most
 
 
@@ -211,7 +229,7 @@ def trainer_memory(
             own = stage * model.parallel.pp // actor.parallel.pp
             parts += static_parts(model, own, ranks, distributed_optimizer=distributed_optimizer)
             held = kept(model, own, micro_batches) if model.trained else 0
-            dynamic.append((held, passing(model, own) if model.trained else _forward(model, own)))
+            dynamic.append((held, passing(model, own) if model.trained else passing_forward(model, own)))
         held, moving = max(dynamic, key=sum)  # models take turns
         if balancing is not None and actor.arch.is_moe:
             parts.append(Part("replica slots", slot_bytes(actor, balancing), f"{balancing.slots} experts, all layers"))
@@ -283,16 +301,3 @@ def _libraries(parallel: ParallelSection, ranks: int) -> int:
     neighbours = min(parallel.pp, 3)  # of a pipeline stage, itself counted
     peers = max(parallel.ep * parallel.etp, ranks // (parallel.tp * parallel.pp), parallel.tp, neighbours) - 1
     return constants.WORKSPACE_BYTES + constants.PEER_BYTES * min(peers, constants.MOST_PEERS)
-
-
-def _forward(model: ModelOnRanks, stage: int) -> int:
-    """Bytes of a pass without backward: one layer's, or logits."""
-    layers = [layer for chunk in chunks_of_stage(model.arch, model.parallel, stage) for layer in chunk]
-    whole = Workload(model.work.tokens, model.work.width, model.work.imbalance, fused=model.work.fused)
-    most = max(
-        activations.kept_by_layer(model.arch, model.parallel, whole, moe=moe) + (_dispatch(model) if moe else 0)
-        for moe in {layer in model.arch.moe_layers for layer in layers}
-    )
-    if stage == model.parallel.pp - 1:
-        most = max(most, activations.logits_forward(model.arch, model.parallel, model.work))
-    return most

@@ -152,7 +152,7 @@ def make_plan(config: RunConfig, arch: Architecture | None = None, *, with_times
     section = config.plan
     cluster = cluster_of(section.gpu, section.gpus_per_node, section.network_gbs)
     on_gpus = config.trainer.backend == "nccl"
-    models, balancing = _models(config, arch), _balancing(config)
+    models, balancing = models_on_ranks(config, arch), _balancing(config)
     batch = _batch(config)
     data_parallel = config.trainer.ranks // (config.trainer.parallel.tp * config.trainer.parallel.pp)
     per_rank = -(-batch.samples // (batch.mini_batches * data_parallel))
@@ -218,7 +218,8 @@ def _imbalance(config: RunConfig, balanced: bool) -> float:
     return 1.0 + config.balance.tolerance if balanced else config.plan.imbalance
 
 
-def _models(config: RunConfig, arch: Architecture) -> list[ModelOnRanks]:
+def models_on_ranks(config: RunConfig, arch: Architecture) -> list[ModelOnRanks]:
+    """All models of a run's trainer, the actor first; their micro-batches are as large as they may be."""
     trainer = config.trainer
     width = WIDTH[config.model.dtype]
 

@@ -119,6 +119,19 @@ def abort_internal(engine: Any, request_ids: list[str]) -> None:
     engine.abort_request(request_ids, internal=True)
 
 
+def sampled_logprobs(output: Any) -> Any:
+    """Log-probs of the sampled tokens: float32 ``[tokens]``, of a request with ``flat_logprobs`` and ``logprobs=0``."""
+    import numpy as np
+
+    flat = output.logprobs
+    if flat is None:
+        return np.zeros(0, dtype=np.float32)
+    if not hasattr(flat, "start_indices"):
+        raise UnexpectedVllm(f"expected flat log-probs, got {type(flat).__name__}")
+    # vLLM puts the sampled token first at each position.
+    return np.array(flat.logprobs, dtype=np.float32)[np.array(flat.start_indices, dtype=np.int64)]
+
+
 def shut_down(engine: Any) -> None:
     """Free the workers of an in-process engine and its process groups."""
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -171,6 +184,20 @@ def moe_layer_ids(model: Any) -> list[int]:
     return sorted(ids)
 
 
+def output_heads(model: Any) -> list[Any]:
+    """The layers of a model that make logits, with their ``weight`` and ``quant_method``.
+
+    Raises:
+        UnexpectedVllm: it has none.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    heads = [m for m in model.modules() if isinstance(m, ParallelLMHead)]
+    if not heads:
+        raise UnexpectedVllm(f"expected an output layer (ParallelLMHead) in {type(model).__name__}, found none")
+    return heads
+
+
 @contextmanager
 def layerwise_reload(model: Any, vllm_config: Any) -> Iterator[Callable[[Iterable[tuple[str, Any]]], Any]]:
     """In-place reload of a model from checkpoint-format tensors, layer by layer.
@@ -203,6 +230,115 @@ def _repack_output_layers(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, ParallelLMHead):
             module.quant_method.process_weights_after_loading(module)
+
+
+def token_sampler(runner: Any) -> Any | None:
+    """The module of a model runner that draws tokens from logits; None for a second-generation runner.
+
+    Raises:
+        UnexpectedVllm: the runner is neither.
+    """
+    found = getattr(getattr(runner, "sampler", None), "topk_topp_sampler", None)
+    if found is not None and hasattr(found, "logprobs_mode"):
+        return found
+    if type(runner).__module__.startswith("vllm.v1.worker.gpu.") and hasattr(runner.sampler, "sampling_states"):
+        return None
+    raise UnexpectedVllm(
+        f"expected the sampler of a known model runner, got {type(runner).__module__}.{type(runner).__name__}; use a "
+        "tested vLLM version"
+    )
+
+
+def set_token_sampler(runner: Any, module: Any) -> None:
+    runner.sampler.topk_topp_sampler = module
+
+
+def batch_rows(runner: Any) -> tuple[list[str], Any]:
+    """Of a first-generation runner's rows: names of the requests, and how many tokens each has (an int array)."""
+    batch = runner.input_batch
+    return batch.req_ids, batch.num_tokens_no_spec[: batch.num_reqs]
+
+
+def top_k_top_p() -> Callable[..., Any]:
+    """vLLM's function of (logits, k, p) that masks what top-k and top-p leave out; k and p may be None."""
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    return apply_top_k_top_p
+
+
+def gumbel_argmax(device: Any) -> Callable[[Any, Any, Any], Any]:
+    """vLLM's kernel that draws one token per row from noise of a counter.
+
+    Args:
+        device: of the logits; on "cpu" and "cuda" it is another kernel, with other noise.
+
+    Returns:
+        a function of logits (float32 ``[rows, vocabulary]``), seeds and positions (numpy int64 ``[rows]``, >= 0) that
+        returns token ids, int64 ``[rows]``. The noise of a row is a function of its seed and position.
+
+    Raises:
+        UnexpectedVllm: the kernel is not there or takes something else.
+    """
+    return _gumbel_argmax_cpu() if device.type == "cpu" else _gumbel_argmax_triton(device)
+
+
+def _gumbel_argmax_cpu() -> Callable[[Any, Any, Any], Any]:
+    import numpy as np
+    import torch
+
+    kernel = getattr(torch.ops._C, "fused_gumbel_argmax", None)
+    if kernel is None:
+        raise UnexpectedVllm("expected the CPU kernel fused_gumbel_argmax; use a tested vLLM version")
+
+    def draw(logits: Any, seeds: Any, positions: Any) -> Any:
+        mixed = mix(seeds.astype(np.uint64), positions.astype(np.uint64)) >> np.uint64(1)
+        return kernel(logits.contiguous(), torch.from_numpy(mixed.astype(np.int64)))
+
+    return draw
+
+
+def mix(seeds: Any, positions: Any) -> Any:
+    """One well-mixed number of two: uint64 arrays. The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), twice."""
+    import numpy as np
+
+    def finalise(x: Any) -> Any:
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    step = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        return finalise(finalise(seeds + step) + positions * step)
+
+
+def _gumbel_argmax_triton(device: Any) -> Callable[[Any, Any, Any], Any]:
+    import inspect
+
+    import numpy as np
+    import torch
+    from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+
+    wanted = ("logits", "expanded_idx_mapping", "temperature", "seed", "pos", "apply_temperature")
+    found = inspect.signature(gumbel_sample).parameters
+    if tuple(found)[: len(wanted)] != wanted:
+        raise UnexpectedVllm(f"expected gumbel_sample to take {wanted}, it takes {tuple(found)}; use a tested version")
+    more = {"is_drafting": False} if "is_drafting" in found else {}
+
+    def draw(logits: Any, seeds: Any, positions: Any) -> Any:
+        rows = len(logits)
+        # One copy to the device, of a few kilobytes.
+        numbers = torch.from_numpy(np.stack([seeds, positions])).to(device)
+        return gumbel_sample(
+            logits=logits,
+            expanded_idx_mapping=torch.arange(rows, dtype=torch.int32, device=device),
+            temperature=torch.ones(rows, dtype=torch.float32, device=device),  # 0 would be greedy
+            seed=numbers[0],
+            pos=numbers[1],
+            apply_temperature=False,
+            **more,
+        )
+
+    return draw
 
 
 def is_cpu_platform() -> bool:

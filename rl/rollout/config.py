@@ -26,7 +26,8 @@ class EngineConfig:
         kv_cache_memory_bytes: size of the key-value cache, of each rank.
         block_size: tokens per key-value block; the CPU backend wants a multiple of 32.
         tensor_parallel: tensor-parallel ranks of the engine, on one machine; above 1, each is a process of its own.
-        enforce_eager: no CUDA graphs and no compilation; always so on CPU.
+        cuda_graphs: decoding steps are replayed as CUDA graphs, nothing is compiled; GPUs only.
+        float32_head: a 16-bit model's logits are computed in float32, as the trainer's; see ``rl.models.float32_head``.
         seed: of whatever has no seed of its own; requests always have one.
         sleep_mode: the engine can free its device memory in between (colocated with a trainer); CUDA only, vLLM
             refuses it on CPU.
@@ -47,7 +48,8 @@ class EngineConfig:
     kv_cache_memory_bytes: int = 256 << 20
     block_size: int = 32
     tensor_parallel: int = 1
-    enforce_eager: bool = True
+    cuda_graphs: bool = False
+    float32_head: bool = False
     seed: int = 0
     sleep_mode: bool = False
     capture_routes: bool = True
@@ -65,6 +67,10 @@ class EngineConfig:
             problems.append(f'device must be "cpu" or "cuda", got {self.device!r}')
         if self.device == "cpu" and self.block_size % 32:
             problems.append(f"block_size must be a multiple of 32 on the CPU backend, got {self.block_size}")
+        if self.cuda_graphs and self.device != "cuda":
+            problems.append("cuda_graphs must be false on CPU")
+        if self.float32_head and self.dtype == "float32":
+            problems.append("float32_head is for 16-bit models, got dtype float32: set it to false")
         if self.sleep_mode and self.device != "cuda":
             problems.append("sleep_mode must be false on CPU, where vLLM has none")
         if self.tensor_parallel < 1:
@@ -149,6 +155,15 @@ def engine_environment(device: Device = "cpu") -> dict[str, str]:
             "VLLM_MLA_DISABLE": "1",
         }
     return environment
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Numbers of running samples that decoding steps are captured for; a step is padded to the next.
+
+    Powers of two up to 32, then steps of at most a third, so that padding costs little and capturing takes seconds.
+    """
+    sizes = {size for power in range(5, 14) for size in (2**power, 3 * 2 ** (power - 1))} | {1, 2, 4, 8, 16}
+    return sorted({size for size in sizes if size < max_num_seqs} | {max_num_seqs})
 
 
 def derive_seed(seed: int, sample_id: str, attempt: int = 0) -> int:

@@ -36,7 +36,7 @@ import numpy as np
 from megatron_ultraep.replay import histogram, layer_digests
 from megatron_ultraep.runtime.profiler import ProfileSettings
 from rl.rollout import compat, model_files, routes, validation, weights
-from rl.rollout.config import Device, EngineConfig, Sampling, derive_seed, engine_environment
+from rl.rollout.config import Device, EngineConfig, Sampling, derive_seed, engine_environment, graph_sizes
 from rl.rollout.ranks import call_ranks, forget_shared_memory, shared_memory_names, unlink_once
 from rl.rollout.stepper import EngineFailed, EngineThread, Request
 from rl.rollout.validation import RefusedSample
@@ -111,6 +111,7 @@ class RolloutEngine:
         self._end_tokens: tuple[int, ...] = ()
         self._manifest: dict[str, tuple[int, ...]] = {}
         self._optional: tuple[str, ...] = ()
+        self._exchanged = False  # what draws tokens, see ``sampling.install``
         self._finished: dict[str, Sample] = {}  # of groups that still run
         _set_environment(config.device)
 
@@ -153,7 +154,7 @@ class RolloutEngine:
             "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
             "block_size": config.block_size,
             "tensor_parallel_size": config.tensor_parallel,
-            "enforce_eager": config.enforce_eager,
+            "enforce_eager": not config.cuda_graphs,
             "seed": config.seed,
             "enable_prefix_caching": True,
             # Steps must be settled when weights change between them.
@@ -168,6 +169,13 @@ class RolloutEngine:
         }
         if config.sleep_mode:
             arguments["enable_sleep_mode"] = True
+        if config.cuda_graphs:
+            # Without the compiler, whose minute a change of the model's code costs again.
+            arguments["compilation_config"] = {
+                "mode": 0,
+                "cudagraph_mode": "FULL_DECODE_ONLY",
+                "cudagraph_capture_sizes": graph_sizes(config.max_num_seqs),
+            }
         if config.max_num_batched_tokens is not None:
             arguments["max_num_batched_tokens"] = config.max_num_batched_tokens
         if config.capture_routes and model_files.is_moe(Path(config.model_path)):
@@ -186,7 +194,18 @@ class RolloutEngine:
         if config.tensor_parallel > 1:
             for names in (shared_memory_names(), *call_ranks(engine, "ultraep_settle_in")):
                 forget_shared_memory(names)
+        self._exchanged = self._exchange_sampler(engine)
+        if config.float32_head:
+            from rl.rollout import head
+
+            call_ranks(engine, head.install)
         return engine
+
+    def _exchange_sampler(self, engine: Any) -> bool:
+        """See ``sampling.install``."""
+        from rl.rollout import sampling  # imports torch
+
+        return all(call_ranks(engine, sampling.install))
 
     async def stop(self) -> None:
         """End the engine and free its memory; running requests fail with ``EngineFailed``.
@@ -242,9 +261,8 @@ class RolloutEngine:
         """Go on with samples that were aborted, on this or another engine, from their prompt and response so far.
 
         Keys and values are computed again from the tokens; tokens, log-probs, version spans and routes of the part
-        before stay as they are, and what comes is appended. ``sampling.max_tokens`` counts the whole response. Greedy
-        sampling gives the tokens that it would have given; otherwise they have the same distribution, but other random
-        numbers.
+        before stay as they are, and what comes is appended. ``sampling.max_tokens`` counts the whole response. With the
+        seed of ``generate``, and on the same kind of device, they draw with the random numbers they would have had.
         """
         for sample in samples:
             if sample.finish_reason != "abort":
@@ -329,10 +347,8 @@ class RolloutEngine:
     ) -> Sample | str:
         """One request; a sample, or why what came back must be refused."""
         tokens = prompt.tokens if before is None else before.tokens
-        # A continuation must not see the random numbers of the part before again.
-        done = 0 if before is None else len(before.response_tokens)
-        name = f"{sample_id}+{done}" if done else sample_id
-        params = self._params(prompt, sampling, derive_seed(seed, name, attempt), len(tokens))
+        # A continuation has the seed of the part before: random numbers go by the tokens that are there.
+        params = self._params(prompt, sampling, derive_seed(seed, sample_id, attempt), len(tokens))
         thread = self._live()
         request: Request = await asyncio.wrap_future(thread.submit(sample_id, tokens.tolist(), params))
         result = await asyncio.shield(asyncio.wrap_future(request.output))
@@ -354,17 +370,20 @@ class RolloutEngine:
                 f"than {most} response tokens, got {length} tokens of which {len(prompt.tokens)} are "
                 "the prompt; filter long prompts or raise max_model_len"
             )
+        from rl.rollout.sampling import request_seed
+
         vllm = compat.engine_api()
         end_tokens = () if sampling.ignore_eos else self._end_tokens
         return vllm.SamplingParams(
             temperature=sampling.temperature,
             max_tokens=min(room, allowed),
-            seed=seed,
             logprobs=0,
+            flat_logprobs=True,  # one list per request instead of an object per token
             stop_token_ids=sorted({*end_tokens, *sampling.stop_token_ids}),
             ignore_eos=True,  # the end tokens are in stop_token_ids: the engine has no tokenizer to ask
             detokenize=False,
             output_kind=vllm.FINAL_ONLY,
+            **request_seed(seed, self._exchanged),
         )
 
     def _assemble(
@@ -378,10 +397,7 @@ class RolloutEngine:
     ) -> Sample | str:
         """vLLM's final output, after what a continued sample had ``before`` (its routes: ``earlier``)."""
         response = np.asarray(output.token_ids, dtype=np.int32)
-        logprobs = np.array(
-            [entry[token].logprob for entry, token in zip(output.logprobs or (), output.token_ids, strict=False)],
-            dtype=np.float32,
-        )
+        logprobs = compat.sampled_logprobs(output)
         reason = validation.check_logprobs(logprobs, len(response))
         if reason is not None:
             return reason
@@ -436,8 +452,8 @@ class RolloutEngine:
     def _decode(self, response: np.ndarray) -> str:
         if self._tokenizer is None:
             return ""
-        # A padded vocabulary has ids that no tokenizer knows.
-        known = [token for token in response.tolist() if token < len(self._tokenizer)]
+        # A padded vocabulary has ids that no tokenizer knows; counting those that it knows is not free.
+        known = response[response < len(self._tokenizer)].tolist()
         return str(self._tokenizer.decode(known, skip_special_tokens=True))
 
     # ------------------------------------------------------------------ routes

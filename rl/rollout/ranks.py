@@ -63,8 +63,8 @@ def answered(method: Callable[..., Any]) -> Callable[..., Answer]:
     return answering
 
 
-def call_ranks(engine: Any, method: str, *args: Any) -> list[Any]:
-    """Call an :func:`answered` method on every rank; their values in order of ranks.
+def call_ranks(engine: Any, method: str | Callable[..., Answer], *args: Any) -> list[Any]:
+    """Call an :func:`answered` method, or function of the worker, on every rank; their values in order of ranks.
 
     Raises:
         Exception: what the first rank that failed raised; every rank has answered by then.

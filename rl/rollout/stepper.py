@@ -38,11 +38,13 @@ class Request:
         internal_id: vLLM's id.
         output: resolves to vLLM's final output, also after an abort.
         spans: ``(first response token, weight version)``, grows when weights change under the request.
+        ended: called once the output is there.
     """
 
     internal_id: str
     spans: list[tuple[int, int]]
     output: Future[Any] = field(default_factory=Future)
+    ended: Callable[[], None] | None = None
 
     def put(self, output: Any) -> None:
         """vLLM's side: called by the engine's thread with each output, or with an error."""
@@ -52,6 +54,10 @@ class Request:
             self.output.set_exception(output)
         elif output.finished:
             self.output.set_result(output)
+        else:
+            return
+        if self.ended is not None:
+            self.ended()
 
 
 class EngineThread:
@@ -69,6 +75,7 @@ class EngineThread:
         self._build = build
         self._commands: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._requests: dict[str, Request] = {}
+        self._ended: list[str] = []  # so that a step need not look at all that run
         self._engine: Any = None
         self._watch: RankWatch | None = None
         self._dead_rank: str | None = None
@@ -102,7 +109,7 @@ class EngineThread:
             if request_id in self._requests:
                 raise ValueError(f"a request {request_id!r} is already running: sample ids must be unique")
             internal_id = engine.add_request(request_id, {"prompt_token_ids": tokens}, params) or request_id
-            request = Request(internal_id, [(0, self.version)])
+            request = Request(internal_id, [(0, self.version)], ended=lambda: self._ended.append(request_id))
             compat.attach_sink(engine, internal_id, request)
             self._requests[request_id] = request
             return request
@@ -231,8 +238,9 @@ class EngineThread:
                 future.set_exception(cause)
 
     def _forget_finished(self) -> None:
-        for name in [name for name, request in self._requests.items() if request.output.done()]:
-            del self._requests[name]
+        for name in self._ended:
+            self._requests.pop(name, None)
+        self._ended.clear()
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error

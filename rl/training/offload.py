@@ -70,11 +70,16 @@ class MemoryReport:
         device_peak: most that this rank's torch reserved since the last report; on a CPU, most that was resident ever.
         torch_allocated: by this rank's tensors on the GPU; on a CPU, weights, gradients and optimizer that are not
             offloaded.
+        device_total: of the GPU; None of a rank on a CPU.
+        torch_free: what this rank could still allocate on it: free there, or held by its torch without a tensor in it;
+            None likewise.
     """
 
     device_used: int
     device_peak: int
     torch_allocated: int
+    device_total: int | None = None
+    torch_free: int | None = None
 
 
 def merge_reports(reports: Sequence[OffloadReport]) -> OffloadReport:
@@ -172,7 +177,9 @@ class Offloader:
             free, total = torch.cuda.mem_get_info()
             peak = torch.cuda.max_memory_reserved()
             torch.cuda.reset_peak_memory_stats()
-            return MemoryReport(total - free, peak, torch.cuda.memory_allocated())
+            allocated = torch.cuda.memory_allocated()
+            room = free + torch.cuda.memory_reserved() - allocated
+            return MemoryReport(total - free, peak, allocated, total, room)
         used = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         held = sum(storage.nbytes() for storages in self._storages().values() for storage in storages)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -79,6 +79,7 @@ class TrainerSpec:
         critic: build and train a critic too; None: there is none.
         reference_layout: parallel sizes of the reference; None: the actor's, on the actor's process groups.
         scorer: build a reward model too.
+        float32_head: actor and reference give logits in float32 where ``dtype`` is 16-bit.
 
     Raises:
         ValueError: a model whose layout is for another number of ranks.
@@ -101,6 +102,7 @@ class TrainerSpec:
     critic: CriticSpec | None = None
     reference_layout: ParallelLayout | None = None
     scorer: ScorerSpec | None = None
+    float32_head: bool = True
 
     def __post_init__(self) -> None:
         for model in ("critic", "reference", "scorer"):

@@ -91,6 +91,7 @@ class TrainWorker:
             recompute=spec.recompute,
             seed=spec.seed,
             permute_fusion=spec.permute_fusion,
+            float32_head=spec.float32_head,
         )
         load_weights(self.actor, spec.model_path)
         self.replay = self._replay_of(self.actor)
@@ -128,7 +129,12 @@ class TrainWorker:
         own = spec.reference_layout not in (None, spec.layout)
         groups = self._groups("reference") if own else self.groups
         model = build_model(
-            read_architecture(spec.model_path), groups, name="reference", dtype=DTYPES[spec.dtype], seed=spec.seed
+            read_architecture(spec.model_path),
+            groups,
+            name="reference",
+            dtype=DTYPES[spec.dtype],
+            seed=spec.seed,
+            float32_head=spec.float32_head,
         )
         load_weights(model, spec.model_path)
         self.frozen["reference"] = model

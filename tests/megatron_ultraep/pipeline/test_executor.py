@@ -15,7 +15,8 @@ from megatron_ultraep.pipeline.communication import Links
 from megatron_ultraep.pipeline.executor import FusedExecutor
 from megatron_ultraep.pipeline.problem import InvalidSchedule, PipelineModel, Problem, Schedule
 from megatron_ultraep.pipeline.watchdog import ExecutionError
-from tests.megatron_ultraep.pipeline.trivial import Counting
+from tests.megatron_ultraep.pipeline.test_memory import Device
+from tests.megatron_ultraep.pipeline.trivial import SIZE, Counting
 from tests.ranks import RankError
 
 NODES = 4
@@ -173,6 +174,50 @@ def test_one_model_alone_is_plain_1f1b(ranks):
     answers = ranks(NODES).run(run_alone)
     assert answers[3] == ([(0, False), (0, True), (1, False), (1, True), (2, False), (2, True), (3, False), (3, True)],)
     assert answers[0][0][:5] == [(0, False), (1, False), (2, False), (3, False), (0, True)]
+
+
+@dataclasses.dataclass
+class Holding(Counting):
+    """Takes made-up memory: a forward of micro-batch i holds 100,000 + i bytes until its backward; some pass."""
+
+    device: Device | None = None
+
+    def forward(self, microbatch, received):
+        self.device.take(100_000 + microbatch)
+        self.device.spike(40_000)
+        return super().forward(microbatch, received)
+
+    def backward(self, microbatch, received):
+        self.device.spike(70_000)
+        self.device.take(-100_000 - microbatch)
+        return super().backward(microbatch, received)
+
+
+def run_counted(schedule):
+    """What this rank's operations took, and the most at once; from the run's start, and from 1,000 bytes before."""
+    device = Device(5000)
+    links = Links.of_models(schedule.problem.models, 2, timeout_s=20, device=CPU)
+    works = Holding.of(schedule, links.node, device=device)
+    executor = FusedExecutor(schedule, links, memory=device.read)
+    reports = [executor.run(works, allocated=allocated) for allocated in (None, 4000)]
+    plain = FusedExecutor(schedule, links).run(works)
+    assert (plain.memory, plain.peak) == (None, None)
+    return [([m.operation for m in r.measured], r.memory, r.peak) for r in reports]
+
+
+def test_operations_are_counted_where_memory_is_read(ranks):
+    common = {"stages": 2, "microbatches": 3, "forward": 1, "backward": 2, "activation": 1}
+    models = [PipelineModel.uniform(name, reversed=name == "critic", **common) for name in ("actor", "critic")]
+    for reports in ranks(2).run(run_counted, concatenated(Problem(2, tuple(models)))):
+        (operations, memory, peak), (_, above, higher) = reports
+        for operation, counted in zip(operations, memory, strict=True):
+            received = 4 * (SIZE + operation.microbatch) if operation.stage else 0
+            assert counted.held == (0 if operation.backward else 100_000 + operation.microbatch + received)
+            # Inputs come from outside the made-up memory: micro-batches in flight hold more than it knows of.
+            assert counted.passing == pytest.approx(70_000 if operation.backward else 40_000, abs=100)
+        assert peak == 100_001 + 100_002 + 70_000  # every node has the first stage of one model
+        assert higher == peak + 1000
+        assert [m.passing for m in above] == [m.passing + 1000 for m in memory]
 
 
 def differing(how):

@@ -59,14 +59,20 @@ def tiny_config(directory: Path, **changes: Any) -> Path:
 
 
 class Command:
-    """A running ``ultraep-rl train``."""
+    """A running ``ultraep-rl train``.
 
-    def __init__(self, config: Path, *arguments: str) -> None:
+    Args:
+        config: of the run.
+        arguments: that follow it.
+        module: run in place of ``rl.cli``.
+    """
+
+    def __init__(self, config: Path, *arguments: str, module: str = "rl.cli") -> None:
         self.run_directory = config.parent / "run"
         self.output_path = config.parent / "output.txt"
         with self.output_path.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "rl.cli", "train", str(config), *arguments],
+                [sys.executable, "-m", module, "train", str(config), *arguments],
                 cwd=ROOT,
                 stdout=output,
                 stderr=output,

@@ -263,6 +263,20 @@ def test_a_tokenizer_without_a_chat_template_is_a_configuration_error(tmp_path, 
         load_data(make_config(tmp_path, {"files": files}, chat=True), bare)
 
 
+def test_a_warm_up_must_end_texts_as_the_model_does(tmp_path, tokenizer):
+    files = str(write(tmp_path / "a.jsonl", [{"prompt": "a", "label": "b", "answer": "c"}]))
+    config = make_config(tmp_path, {"files": files})
+    warm = config.model_copy(update={"warmup": config.warmup.model_copy(update={"steps": 1})})
+    ends = config.model.path / "generation_config.json"
+    ends.parent.mkdir(parents=True, exist_ok=True)
+    ends.write_text(json.dumps({"eos_token_id": [tokenizer.eos_token_id + 1]}))
+    with pytest.raises(ConfigError, match=rf"\(id {tokenizer.eos_token_id}\), but the model's config ends it with"):
+        load_data(warm, tokenizer)
+    load_data(config, tokenizer)
+    ends.write_text(json.dumps({"eos_token_id": [7, tokenizer.eos_token_id]}))
+    assert len(load_data(warm, tokenizer).warmup) == 1
+
+
 def test_chat_args_reach_the_template(tmp_path, tokenizer):
     talking = copy.deepcopy(tokenizer)
     talking.chat_template = "{{ messages[0].content }}{% if loud %}!{% endif %}"

@@ -2,6 +2,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from rl.rollout import compat
@@ -43,3 +44,14 @@ def test_no_memory_of_a_sleeping_engine_is_mapped_twice(weights_only, weights_aw
     engine = SimpleNamespace(wake_up=lambda tags: told.append(tags))
     compat.wake(engine, weights_only=weights_only, weights_awake=weights_awake)
     assert told == calls
+
+
+def test_flat_logprobs_of_sampled_tokens() -> None:
+    flat = SimpleNamespace(logprobs=[-1.5, -0.25, -0.5, -2.0], start_indices=[0, 1, 3])
+    found = compat.sampled_logprobs(SimpleNamespace(logprobs=flat))
+    assert (found.dtype, found.tolist()) == (np.float32, [-1.5, -0.25, -2.0])
+    assert compat.sampled_logprobs(SimpleNamespace(logprobs=None)).shape == (0,)
+    empty = SimpleNamespace(logprobs=[], start_indices=[])
+    assert compat.sampled_logprobs(SimpleNamespace(logprobs=empty)).shape == (0,)
+    with pytest.raises(compat.UnexpectedVllm, match="expected flat log-probs, got list"):
+        compat.sampled_logprobs(SimpleNamespace(logprobs=[{3: -1.0}]))

@@ -1,9 +1,10 @@
+import itertools
 import math
 from pathlib import Path
 
 import pytest
 
-from rl.rollout.config import EngineConfig, Sampling, derive_seed, engine_environment
+from rl.rollout.config import EngineConfig, Sampling, derive_seed, engine_environment, graph_sizes
 
 
 @pytest.fixture
@@ -34,6 +35,22 @@ def test_an_engine_of_several_ranks_does_not_sleep(model: str) -> None:
     EngineConfig(model, tensor_parallel=2)
     with pytest.raises(ValueError, match="sleep_mode must be false for an engine of several ranks"):
         EngineConfig(model, device="cuda", tensor_parallel=2, sleep_mode=True)
+
+
+def test_what_needs_a_gpu_or_16_bits(model: str) -> None:
+    EngineConfig(model, device="cuda", dtype="bfloat16", cuda_graphs=True, float32_head=True)
+    with pytest.raises(ValueError, match=r"cuda_graphs must be false on CPU; float32_head is for 16-bit models"):
+        EngineConfig(model, cuda_graphs=True, float32_head=True)
+
+
+@pytest.mark.parametrize("most", [1, 3, 32, 100, 512, 1024])
+def test_sizes_of_graphs(most: int) -> None:
+    sizes = graph_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == most
+    assert len(sizes) <= 16
+    # A step of more than 32 samples is padded by at most half.
+    assert all(after <= 1.5 * before for before, after in itertools.pairwise(sizes) if before >= 32)
 
 
 @pytest.mark.parametrize("arguments", [{"top_p": 0.9}, {"top_k": 20}])

@@ -65,7 +65,9 @@ def by_id(stream: GroupStream) -> dict[str, Sample]:
     return {sample.sample_id: sample for group in stream for sample in group}
 
 
-def check(pool: EnginePool, model: Path, moved: dict[str, Sample], plain: dict[str, Sample]) -> None:
+def check(
+    pool: EnginePool, model: Path, moved: dict[str, Sample], plain: dict[str, Sample], temperature: float = 0.0
+) -> None:
     """Tokens and routes of samples that moved are whole; the tokens are those of samples that did not."""
     assert moved.keys() == plain.keys()
     fetch = RoutesOfEngines(60)
@@ -81,7 +83,7 @@ def check(pool: EnginePool, model: Path, moved: dict[str, Sample], plain: dict[s
         assert sample.route_digests is not None
         np.testing.assert_array_equal(layer_digests(rows), sample.route_digests)
     for name in ("train/0/0/0", "train/0/2/1"):
-        compare(moved[name], model, 0.0)
+        compare(moved[name], model, temperature)
 
 
 def compare(sample: Sample, model: Path, temperature: float) -> None:
@@ -116,16 +118,12 @@ def test_moved_samples_have_the_same_tokens(pool: EnginePool, model: Path) -> No
 
 
 @pytest.mark.slow
-def test_other_temperatures_draw_other_numbers_after_the_move(pool: EnginePool, model: Path) -> None:
+def test_moved_samples_draw_the_numbers_they_would_have_drawn(pool: EnginePool, model: Path) -> None:
     sampling = Sampling(220, temperature=0.8, ignore_eos=True)
     with GenerationService(pool) as service:
         plain = by_id(service.generate(prompts(), 2, sampling, 1))
         stream = service.generate(prompts(), 2, sampling, 1, tail=rule(pool))
         moved = by_id(stream)
         assert stream.tail is not None
-    same = {n for n in plain if np.array_equal(plain[n].response_tokens, moved[n].response_tokens)}
-    assert len(plain) - len(same) == stream.tail.moved, "those that stayed are the same"
-    for name in sorted(set(plain) - same):
-        compare(moved[name], model, 0.8)
-        first = np.argmax(plain[name].response_tokens != moved[name].response_tokens)
-        assert first > 0, "the part before the move stays"
+        assert stream.tail.moved >= 2
+    check(pool, model, moved, plain, 0.8)
