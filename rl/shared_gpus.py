@@ -1,4 +1,4 @@
-"""GPUs of Ray's processes: those that an engine and a trainer rank share, in turns, and which one is a process's own."""
+"""GPUs of Ray's processes: those that an engine and a trainer rank share in turns, and which one is an actor's own."""
 
 from __future__ import annotations
 
