@@ -3,6 +3,7 @@
 
     python scripts/bench_transfer.py --gpu --gib 4 --json FILE     # NCCL between the GPUs of one host, 1x1, 1x3, 2x2
     python scripts/bench_transfer.py --gib 0.25 --json FILE        # gloo between processes on this host
+    python scripts/bench_transfer.py --staged [--gpu] --json FILE  # trainer ranks and engines that share GPUs, in pairs
 
 S source processes hold a Qwen3-MoE-like model in Hugging Face names (bf16, random bits), its experts spread over them;
 R receiver processes hold the same tensors as zeros. Everything is measured, in one run:
@@ -15,6 +16,9 @@ R receiver processes hold the same tensors as zeros. Everything is measured, in 
    takes in all bytes, whoever sends them.
 3. *store*: the same model through Ray's object store, executed by actors; of at most ``--store-gib``.
 4. a tiny model, whose transfer is all latency: the direct path does not come near the link there.
+
+With ``--staged``, instead of all that: buckets through memory that the two processes of a GPU share, see
+``scripts/bench_transfer_staged.py``.
 
 All bytes are compared by weighted checksums of every tensor. Bar: transfers of 2 GiB and more at >= 70% of the link
 rate (``--bars`` exits with 1 when the best bucket size of a layout misses it). NVLink multicast is off, here and in
@@ -49,11 +53,15 @@ import torch  # noqa: E402
 from rl.transfer.links import Limits, Rendezvous  # noqa: E402
 from rl.transfer.plan import TensorSpec, TransferPlan, make_plan  # noqa: E402
 from scripts.bench_transfer_rank import StoreActor, Timed, serve, sizes_of  # noqa: E402
+from scripts.bench_transfer_staged import measure, serve_pair  # noqa: E402
 from scripts.machine import hardware  # noqa: E402
 
 BAR = 0.70
 BAR_GIB = 2.0
 MIB = 2**20
+_HEADING = (
+    f"{'layout':6} {'what':9} {'variant':26} {'GiB':>8} {'ms':>10} {'ready':>8} {'GB/s':>8} {'bound ms':>9} of link"
+)
 _ANSWER_S = 120.0
 
 
@@ -62,8 +70,8 @@ class Row:
     """One measurement.
 
     Attributes:
-        layout: sources x receivers.
-        what: ``link``, ``transfer`` or ``store``.
+        layout: sources x receivers, or pairs of processes on one device each, trainer ranks + engines.
+        what: ``link``, ``transfer``, ``store``, ``signal`` or ``staged``.
         variant: bucket size, channels, or how the link was measured.
         gib: that every receiver took in.
         ms: median; ``ready_ms`` is the handshake before it.
@@ -86,15 +94,22 @@ class Row:
 
 
 class Processes:
-    """Members, one per device; roles are given by the membership that they join."""
+    """Members, one per device; roles are given by the membership that they join.
 
-    def __init__(self, count: int, gpu: bool) -> None:
+    Args:
+        count: how many.
+        gpu: on GPUs.
+        pairs: of two on the same device, see ``bench_transfer_staged``; None: each has its own.
+    """
+
+    def __init__(self, count: int, gpu: bool, pairs: int | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._connections = []
         self._processes = []
         for rank in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=serve, args=(theirs, rank, gpu), daemon=True)
+            target, more = (serve, ()) if pairs is None else (serve_pair, (pairs,))
+            process = context.Process(target=target, args=(theirs, rank, gpu, *more), daemon=True)
             process.start()
             theirs.close()
             self._connections.append(ours)
@@ -102,10 +117,15 @@ class Processes:
 
     def all(self, name: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
         """Call a method on the first ``len(arguments)`` members at the same time; results in order."""
-        for connection, given in zip(self._connections, arguments, strict=False):
-            connection.send((name, given))
+        results = self.some(name, dict(enumerate(arguments)))
+        return [results[rank] for rank in range(len(arguments))]
+
+    def some(self, name: str, arguments: dict[int, tuple[Any, ...]]) -> dict[int, Any]:
+        """Call a method on some members at the same time; results by member."""
+        for rank, given in arguments.items():
+            self._connections[rank].send((name, given))
         results: dict[int, Any] = {}
-        ranks = {connection: rank for rank, connection in enumerate(self._connections[: len(arguments)])}
+        ranks = {self._connections[rank]: rank for rank in arguments}
         deadline = time.monotonic() + _ANSWER_S
         while ranks:
             # The first to fail is the cause; the others wait for it.
@@ -118,7 +138,7 @@ class Processes:
                 good, results[rank] = connection.recv()
                 if not good:
                     raise RuntimeError(f"member {rank} failed at {name}:\n{results[rank]}")
-        return [results[rank] for rank in range(len(arguments))]
+        return results
 
     def stop(self) -> None:
         for process in self._processes:
@@ -236,14 +256,19 @@ class Bench:
 
     def _add(self, row: Row) -> Row:
         self.rows.append(row)
-        bound = f"{row.bound_ms:9.2f} {row.fraction:8.1%}" if row.fraction else f"{'':9} {'':8}"
-        bits = {True: "equal", False: "WRONG", None: ""}[row.equal]
-        print(
-            f"{row.layout:6} {row.what:9} {row.variant:26} {row.gib:8.4f} {row.ms:10.2f} {row.ready_ms:8.2f} "
-            f"{row.gbps:8.2f} {bound}  {bits}",
-            flush=True,
-        )
+        show(row)
         return row
+
+
+def show(row: Row) -> None:
+    """A line of the table."""
+    bound = f"{row.bound_ms:9.2f} {row.fraction:8.1%}" if row.fraction else f"{'':9} {'':8}"
+    bits = {True: "equal", False: "WRONG", None: ""}[row.equal]
+    print(
+        f"{row.layout:6} {row.what:9} {row.variant:26} {row.gib:8.4f} {row.ms:10.3f} {row.ready_ms:8.2f} "
+        f"{row.gbps:8.2f} {bound}  {bits}",
+        flush=True,
+    )
 
 
 def share(specs: list[TensorSpec], sources: int) -> dict[int, list[TensorSpec]]:
@@ -270,9 +295,7 @@ def _expert(spec: TensorSpec) -> int:
 def run(bench: Bench, given: argparse.Namespace, layouts: list[tuple[int, int]]) -> None:
     specs, tiny = sizes_of(given.gib), sizes_of(0.0005, tiny=True)
     buckets = given.buckets or ([64, 256, 512, 1024] if given.gpu else [4, 16, 64])
-    print(
-        f"{'layout':6} {'what':9} {'variant':26} {'GiB':>8} {'ms':>10} {'ready':>8} {'GB/s':>8} {'bound ms':>9} of link"
-    )
+    print(_HEADING)
     for number, (sources, receivers) in enumerate(layouts):
         bench.join(sources, receivers)
         bench.measure_link(sources, receivers, 1024 * MIB if given.gpu else int(given.gib * 2**30))
@@ -290,6 +313,31 @@ def run(bench: Bench, given: argparse.Namespace, layouts: list[tuple[int, int]])
             bench.hold([], sources, receivers)  # its memory is the store's now
 
 
+def run_staged(given: argparse.Namespace, devices: int) -> int:
+    """``--staged``; the exit code."""
+    counts = [n for n in given.pairs or sorted({2, devices} if given.gpu else {2}) if n <= devices]
+    if not counts:
+        raise SystemExit(f"no number of pairs fits {devices} devices: came {given.pairs}")
+    print(_HEADING)
+    started, rows = time.perf_counter(), []
+
+    def add(*fields: Any) -> None:
+        rows.append(Row(*fields))
+        show(rows[-1])
+
+    repeats = given.repeats or (5 if given.gpu else 3)
+    for pairs in counts:
+        processes = Processes(2 * pairs, given.gpu, pairs)
+        try:
+            buckets = given.buckets or ([64, 256, 512] if given.gpu else [4, 16])
+            measure(
+                processes, pairs, sizes_of(given.gib), buckets, gpu=given.gpu, repeats=repeats, share=share, add=add
+            )
+        finally:
+            processes.stop()
+    return report(rows, repeats, given, [f"{n}+{n}" for n in counts], time.perf_counter() - started, [])
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpu", action="store_true", help="NCCL, a GPU each; without it gloo on CPUs")
@@ -303,20 +351,26 @@ def main(arguments: list[str] | None = None) -> int:
         "--store-gib", type=float, default=1.0, help="most of the model that goes through the store; 0: none"
     )
     parser.add_argument("--json", metavar="FILE", help="write hardware, versions, settings and rows there")
+    parser.add_argument("--staged", action="store_true", help="pairs of trainer rank and engine that share a device")
+    parser.add_argument("--pairs", type=int, nargs="*", help="with --staged, how many (2 and all GPUs; on CPUs 2)")
     parser.add_argument("--bars", action="store_true", help="exit with 1 when the bar is missed")
     given = parser.parse_args(arguments)
     given.gib = given.gib or (4.0 if given.gpu else 0.25)
     devices = torch.cuda.device_count() if given.gpu else 4
     if devices < 2:
         raise SystemExit(f"a transfer needs two GPUs, this machine has {devices}: leave out --gpu for gloo on CPUs")
+    if not given.gpu:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if given.staged:
+        where = f"{devices} x {torch.cuda.get_device_name()}" if given.gpu else "processes of one host over gloo"
+        print(f"{where}; a model of {given.gib:g} GiB, bf16; pairs of processes share a device; all measured")
+        return run_staged(given, devices)
     names = given.layouts or ["1x1", "1x3", "2x2"]
     layouts = [(int(s), int(r)) for s, r in (name.split("x") for name in names)]
     left_out = [f"{s}x{r}" for s, r in layouts if s + r > devices]
     layouts = [layout for layout in layouts if sum(layout) <= devices]
     if not layouts:
         raise SystemExit(f"no layout fits {devices} devices: {', '.join(left_out)}")
-    if not given.gpu:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     where = f"{devices} x {torch.cuda.get_device_name()}" if given.gpu else "processes of one host over gloo"
     print(
         f"{where}; a model of {given.gib:g} GiB, bf16; all measured" + (f"; no room for {left_out}" if left_out else "")
@@ -336,24 +390,25 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:  # the comparator must not take the other results with it
             problems.append(f"store: not measured: {type(error).__name__}: {error}")
             print(problems[-1])
-    return report(bench, given, layouts, time.perf_counter() - started, problems)
+    done = [f"{s}x{r}" for s, r in layouts]
+    return report(bench.rows, bench.repeats, given, done, time.perf_counter() - started, problems)
 
 
 def report(
-    bench: Bench, given: argparse.Namespace, layouts: list[tuple[int, int]], seconds: float, problems: list[str]
+    rows: list[Row], repeats: int, given: argparse.Namespace, layouts: list[str], seconds: float, problems: list[str]
 ) -> int:
     """Verdict and JSON; the exit code."""
-    wrong = [f"{r.layout} {r.what} {r.variant}" for r in bench.rows if r.equal is False]
+    wrong = [f"{r.layout} {r.what} {r.variant}" for r in rows if r.equal is False]
     missed = []
-    for sources, receivers in layouts:
-        rows = [r for r in bench.rows if r.layout == f"{sources}x{receivers}" and r.what == "transfer"]
-        best = max((r for r in rows if r.gib >= BAR_GIB), key=lambda r: r.fraction, default=None)
+    for layout in layouts:
+        held = [r for r in rows if r.layout == layout and r.what in ("transfer", "staged") and r.gib >= BAR_GIB]
+        best = max(held, key=lambda r: r.fraction, default=None)
         if best is not None:
             print(f"{best.layout}: best {best.variant}: {best.gbps:.1f} GB/s, {best.fraction:.1%} of the link")
             if best.fraction < BAR:
                 missed.append(f"{best.layout}: {best.fraction:.1%} of the link, the bar is {BAR:.0%}")
         else:
-            print(f"{sources}x{receivers}: no bar below {BAR_GIB:g} GiB")
+            print(f"{layout}: no bar below {BAR_GIB:g} GiB")
     print("Bits: " + ("WRONG: " + ", ".join(wrong) if wrong else "equal") + f"; {seconds:.0f} s")
     print("Bars: " + ("MISSED: " + "; ".join(missed) if missed else "kept" if given.gib >= BAR_GIB else "none"))
     if given.json:
@@ -366,11 +421,11 @@ def report(
             "versions": versions,
             "settings": {
                 "gib": given.gib,
-                "repeats": bench.repeats,
+                "repeats": repeats,
                 "NCCL_NVLS_ENABLE": os.environ["NCCL_NVLS_ENABLE"],
             },
             "problems": problems,
-            "rows": [asdict(row) for row in bench.rows],
+            "rows": [asdict(row) for row in rows],
         }
         Path(given.json).write_text(json.dumps(document, indent=1) + "\n")
     return int(bool(wrong) or (given.bars and bool(missed)))

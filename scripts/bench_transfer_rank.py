@@ -182,8 +182,12 @@ class Member:
 
 
 def serve(connection: Connection, rank: int, gpu: bool) -> None:
+    """Take commands of the parent until it goes."""
+    serve_member(connection, Member(rank, gpu))
+
+
+def serve_member(connection: Connection, member: Member) -> None:
     """Take ``(method, arguments)`` until the parent goes; answer ``(good, value or traceback)``."""
-    member = Member(rank, gpu)
     while True:
         try:
             name, arguments = connection.recv()

@@ -229,8 +229,8 @@ class StreamSection(Section):
     transfer: Literal["auto", "store", "nccl", "gloo", "ipc"] = Field(
         "auto",
         description="How weights travel: by Ray's object store (`auto` and `store`); or, by choice, directly from "
-        "trainer ranks to engines: `nccl` between GPUs, `gloo` between CPUs, `ipc` for engines that read the memory of "
-        "a colocated trainer. Engines that start later take a copy from the object store.",
+        "trainer ranks to engines: `nccl` between GPUs, `gloo` between CPUs, `ipc` for colocated engines, each reading "
+        "memory of the trainer rank beside it. Engines that start later take a copy from the object store.",
     )
     max_restarts: int = Field(3, ge=0, description="Engines that may die and be replaced during a run.")
     colocated: bool = Field(

@@ -97,8 +97,11 @@ def transfer(config: RunConfig) -> Iterator[Violation]:
         "gloo": (not any(gpus), "gloo is between engines on CPUs and a trainer with backend: gloo"),
         "nccl": (all(gpus) and not stream.colocated, "nccl is between GPUs of engines and GPUs of the trainer"),
         "ipc": (
-            all(gpus) and stream.colocated and trainer.ranks == engines.engines == engines.tensor_parallel == 1,
-            "ipc is for one engine of one rank that shares its GPU with the only trainer rank (stream.colocated)",
+            len(set(gpus)) == 1
+            and stream.colocated
+            and trainer.ranks == engines.engines
+            and engines.tensor_parallel == 1,
+            "ipc is for engines of one rank, as many as trainer ranks, each beside its own (stream.colocated)",
         ),
     }
     fit, what = fits[path]
@@ -106,12 +109,12 @@ def transfer(config: RunConfig) -> Iterator[Violation]:
         yield Violation(
             "stream.transfer",
             f"{what}, which this run is not; use store.",
-            ("stream.colocated", "rollout.device", "trainer.backend"),
+            ("stream.colocated", "rollout.device", "trainer.backend", "rollout.engines", "trainer.ranks"),
         )
-    elif path in ("nccl", "ipc") and not config.allow_untested:
+    elif any(gpus) and not config.allow_untested:
         yield Violation(
             "stream.transfer",
-            f"{path} has not carried weights in a run yet, and its bits are not verified; use store, or "
+            f"{path} has not carried weights in a run on GPUs yet, and its bits are not verified; use store, or "
             "allow_untested: true.",
             ("rollout.device", "trainer.backend"),
         )

@@ -170,6 +170,20 @@ def export_weights(
             yield from _export_one(model, local, source, names)
 
 
+@torch.no_grad()
+def export_by_parameter(
+    model: BuiltModel, names: Container[str]
+) -> Iterator[tuple[tuple[int, int, int], list[tuple[str, torch.Tensor]]]]:
+    """As :func:`export_weights`, for who must keep in step with other ranks: what this rank takes part in, one by one.
+
+    Yields:
+        key of each parameter of this rank, in layer order, and its tensors: none where this rank only gathered, or did
+        nothing.
+    """
+    for local in local_parameters(model):
+        yield local.logical.key, _export_one(model, local, "parameter", names)
+
+
 def holdings(model: BuiltModel, dtype: str) -> list[Holding]:
     """What this rank could hand over or help to gather, in layer order; no communication.
 

@@ -5,29 +5,29 @@ the death of one breaks it for all. So every direct transfer has a copy in the o
 after they have handed their share over, and which engines that were no members, or whose transfer broke off, take
 instead. The next version makes the set of members anew and goes directly again. The generation service sees one update
 per version, whichever way its engines take it.
+
+Where engines and trainer ranks share GPUs (``ipc``), the copy is made only when an engine asks for it: the trainer's
+weights do not change before the next turn, and host memory is spared. One engine beside the only rank reads its memory
+as it is; more take buckets from staging memory, see ``rl.transfer.staged_sender``.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch.distributed as dist
 
 from rl.config import RunConfig
-from rl.rollout.config import Sampling
+from rl.orchestration.direct import Direct, DirectEngines, OnDemand, Payload, Weights
 from rl.rollout.dispatcher import OnSpan
-from rl.rollout.fleet import Engines
 from rl.rollout.pool import EnginePool
 from rl.rollout.service import UpdateReport
-from rl.rollout.streams import GroupOfSamples
-from rl.rollout.weights import Manifest, TornWeights
 from rl.timeline import TRANSFER
 from rl.training.group import Trainer, TrainerDied, TrainerTimeout
 from rl.transfer import Path
@@ -35,7 +35,7 @@ from rl.transfer.links import Limits, Membership, Rendezvous, TransferError, sou
 from rl.transfer.plan import TransferPlan, plan_transfer
 from rl.transfer.receiver import Incoming, receiver_names
 from rl.transfer.sender import SendReport
-from rl.types import Prompt, Sample
+from rl.transfer.turns import Turn, staging_bytes, turns_of
 
 if TYPE_CHECKING:
     from rl.orchestration.setup import Run
@@ -43,180 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BUCKET_BYTES = 64 * 2**20
-
-Weights = tuple[list[Any], dict[str, tuple[int, ...]]]
-"""Chunks and manifest, as ``GenerationService.update`` takes them."""
-
-
-@dataclass(frozen=True)
-class Payload:
-    """What an update hands to the generation service.
-
-    Attributes:
-        chunks, manifest: for ``GenerationService.update``.
-        path: how members take it.
-    """
-
-    chunks: list[Any]
-    manifest: Mapping[str, tuple[int, ...]]
-    path: Path
-
-
-@dataclass(eq=False)
-class Direct:
-    """A chunk of :class:`Payload`: a direct transfer, and its copy in the object store.
-
-    Attributes:
-        chunk: what members are given instead of this.
-        members: by engine, which of its processes takes part; each takes it once.
-        copy: the same weights through the store.
-        generation: of the members, 0 without communicators.
-    """
-
-    chunk: Any
-    members: dict[int, int]
-    copy: Future[Weights]
-    generation: int = 0
-    given: set[int] = field(default_factory=set)
-
-
-class DirectEngines:
-    """The pool as the generation service sees it: gives each engine an update directly or from its copy.
-
-    Args:
-        pool: the engines.
-        broken: told the generation and the reason when a member of a transfer fails or goes.
-
-    Attributes:
-        fallbacks: updates of engines that came from the copy.
-    """
-
-    def __init__(self, pool: Engines, broken: Callable[[int, str], None] = lambda generation, reason: None) -> None:
-        self.pool, self.broken = pool, broken
-        self.config, self.version = pool.config, pool.version
-        self.fallbacks = 0
-        self._lock = threading.Lock()
-        self._processes = dict.fromkeys(pool.indices(), 0)
-        self._up = set(pool.indices())
-        self._under_way: dict[int, Direct] = {}
-
-    def members(self) -> dict[int, int] | None:
-        """``{engine: which of its processes}``; None while some engine starts."""
-        with self._lock:
-            return {i: self._processes[i] for i in sorted(self._up)} if self._up == set(self._processes) else None
-
-    # ------------------------------------------------------------------ fleet.Engines
-
-    def indices(self) -> list[int]:
-        return self.pool.indices()
-
-    def start_engine(self, index: int) -> Future[Any]:
-        self._leave(index, f"engine {index} is replaced")
-        with self._lock:
-            process = self._processes[index] = self._processes.get(index, -1) + 1
-        future = self.pool.start_engine(index)
-
-        def came_up(done: Future[Any]) -> None:
-            with self._lock:
-                if done.exception() is None and self._processes.get(index) == process:
-                    self._up.add(index)
-
-        future.add_done_callback(came_up)
-        return future
-
-    def generate_on(
-        self, index: int, prompt: Prompt, sample_ids: Sequence[str], sampling: Sampling, seed: int
-    ) -> Future[GroupOfSamples]:
-        return self.pool.generate_on(index, prompt, sample_ids, sampling, seed)
-
-    def continue_on(
-        self, index: int, samples: Sequence[Sample], sampling: Sampling, seed: int
-    ) -> Future[GroupOfSamples]:
-        return self.pool.continue_on(index, samples, sampling, seed)
-
-    def unfinished_on(self, index: int, sample_ids: Sequence[str]) -> Future[dict[str, int]]:
-        return self.pool.unfinished_on(index, sample_ids)
-
-    def finished_on(self, index: int, sample_ids: Sequence[str]) -> Future[list[Sample]]:
-        return self.pool.finished_on(index, sample_ids)
-
-    def abort_on(self, index: int, sample_ids: Sequence[str]) -> Future[int]:
-        return self.pool.abort_on(index, sample_ids)
-
-    def stop_engine(self, index: int) -> Future[Any]:
-        self._leave(index, f"engine {index} leaves")
-        return self.pool.stop_engine(index)
-
-    def kill_engine(self, index: int) -> None:
-        self._leave(index, f"engine {index} was ended")
-        with self._lock:
-            self._processes.pop(index, None)
-        self.pool.kill_engine(index)
-
-    def update_on(
-        self,
-        index: int,
-        version: int,
-        chunks: Sequence[Any],
-        manifest: Manifest,
-        in_flight: Literal["refuse", "continue"],
-    ) -> Future[float]:
-        """As the pool's; a :class:`Direct` chunk comes directly or from its copy."""
-        if not chunks or not isinstance(chunks[0], Direct):
-            return self.pool.update_on(index, version, chunks, manifest, in_flight)
-        direct, result = chunks[0], Future[float]()
-
-        def from_copy(reason: str) -> None:
-            with self._lock:
-                self.fallbacks += 1
-            logger.warning("engine %d takes weights of version %d from the object store: %s", index, version, reason)
-            direct.copy.add_done_callback(send_copy)
-
-        def send_copy(copy: Future[Weights]) -> None:
-            try:
-                future = self.pool.update_on(index, version, *copy.result(), in_flight)
-            except BaseException as error:
-                result.set_exception(error)
-                return
-            future.add_done_callback(lambda done: _pass_on(done, result))
-
-        def answered(done: Future[float]) -> None:
-            with self._lock:
-                self._under_way.pop(index, None)
-            error = done.exception()
-            if error is not None:
-                self.broken(direct.generation, f"engine {index}: {error}")
-            if isinstance(error, (TornWeights, TransferError)):
-                from_copy(str(error))
-            else:
-                _pass_on(done, result)
-
-        with self._lock:
-            joined = direct.members.get(index) == self._processes.get(index) and index not in direct.given
-            if joined:
-                direct.given.add(index)
-                self._under_way[index] = direct
-        if joined:
-            self.pool.update_on(index, version, [direct.chunk], manifest, in_flight).add_done_callback(answered)
-        else:
-            from_copy("its process was no member of the direct transfer")
-        return result
-
-    def _leave(self, index: int, reason: str) -> None:
-        """What the engine was to take part in cannot succeed: the others shall not wait for it."""
-        with self._lock:
-            direct = self._under_way.pop(index, None)
-            self._up.discard(index)
-        if direct is not None:
-            self.broken(direct.generation, reason)
-
-
-def _pass_on(done: Future[Any], to: Future[Any]) -> None:
-    error = done.exception()
-    if error is not None:
-        to.set_exception(error)
-    else:
-        to.set_result(done.result())
+_STAGED_BYTES = 256 * 2**20  # between GPUs, where 64 MiB leave a third of the link unused
 
 
 class WeightTransfer:
@@ -241,8 +68,16 @@ class WeightTransfer:
         # Shorter than the engines' own limit of an update, within which they take the copy if this fails.
         limit = config.run.limits.weight_update_s / 4
         self._limits = Limits(join_s=limit, start_s=limit, bucket_s=limit)
-        self._rendezvous = Rendezvous(ray.util.get_node_ip_address()) if self.path in ("gloo", "nccl") else None
+        self._zero_copy = self.path == "ipc" and config.trainer.ranks == 1 and config.trainer.backend == "nccl"
+        self._staged = self.path == "ipc" and not self._zero_copy
+        self._backend = config.trainer.backend
+        self._bucket_bytes = _STAGED_BYTES if self._staged and self._backend == "nccl" else _BUCKET_BYTES
+        meets = self.path != "store" and not self._zero_copy
+        self._rendezvous = Rendezvous(ray.util.get_node_ip_address()) if meets else None
         self._plan: TransferPlan | None = None
+        self._turns: tuple[Turn, ...] = ()
+        self._staging_bytes = 0
+        self._handing: dict[str, Any] = {}
         self._membership: Membership | None = None
         self._members: dict[int, int] = {}
         self._failed: set[int] = set()
@@ -260,9 +95,9 @@ class WeightTransfer:
         Raises:
             TrainerDied, TrainerTimeout: a rank could not do its part.
         """
-        if self.path == "ipc":
+        if self._zero_copy:
             (handles,) = self._ranks("share", self._dtype)
-            direct = Direct(handles, self.engines.members() or {}, self._copy())
+            direct = Direct(handles, self.engines.members() or {}, OnDemand(self._copy))
             return Payload([direct], handles.manifest, "ipc")
         if self.path != "store":
             try:
@@ -274,8 +109,23 @@ class WeightTransfer:
         return Payload(chunks, manifest, "store")
 
     def release(self) -> None:
-        """Every engine has read what the trainer shares with it on its GPU."""
-        self._ranks("release_shared")
+        """Every engine has what the trainer shares with it on its GPU: let ranks go on.
+
+        Raises:
+            TrainerDied, TrainerTimeout: a rank could not do its part. That a transfer broke off is no error: engines
+                have taken the copy then.
+        """
+        if self._zero_copy:
+            self._ranks("release_shared")
+            return
+        calls, self._handing = self._handing, {}
+        try:
+            reports: list[SendReport] = self._wait(calls, "handing weights over", self._trainer.limits.step_s)
+        except TransferError as error:
+            logger.warning("trainer ranks stopped handing weights over: %s", error)
+            return
+        for rank, report in enumerate(reports):
+            self._note_report(rank, report)
 
     def close(self) -> None:
         """Wait for no copy any more."""
@@ -289,13 +139,31 @@ class WeightTransfer:
         self._join(members)
         assert self._plan is not None
         assert self._membership is not None
-        self._ranks("transfer_send", self._plan, "device", generation=self._membership.generation)
-        direct = Direct(Incoming(self._plan), members, self._copy(), self._membership.generation)
-        return Payload([direct], self._plan.manifest, self.path)
+        generation = self._membership.generation
+        if self._staged:
+            self._begin_handing_over(generation)
+            copy = OnDemand(self._copy)
+        else:
+            self._ranks("transfer_send", self._plan, "device", generation=generation)
+            begun = self._copy()
+            copy = OnDemand(lambda: begun)
+        return Payload([Direct(Incoming(self._plan), members, copy, generation)], self._plan.manifest, self.path)
+
+    def _begin_handing_over(self, generation: int) -> None:
+        """Ranks wait for the engines beside them until :meth:`release`; a rank that fails ends the others' waits."""
+        plan, turns = ray.put(self._plan), ray.put(self._turns)
+        self._handing = self._submit("transfer_hand_over", plan, turns)
+
+        def ended(who: str, done: Future[Any]) -> None:
+            if (error := done.exception()) is not None:
+                self._broken(generation, f"{who}: {error}")
+
+        for who, call in self._handing.items():
+            call.future().add_done_callback(functools.partial(ended, who))
 
     def _finish_sending(self) -> None:
         """Trainer ranks have sent their copies of the version before, or say what went wrong."""
-        if self._plan is None:
+        if self._plan is None or self._staged:
             return
         limit_s = self._limits.start_s
         reports: list[SendReport | None] = self._ranks(
@@ -303,34 +171,53 @@ class WeightTransfer:
         )
         for rank, report in enumerate(reports):
             if report is not None:
-                args = {"bytes": report.nbytes, "buckets": report.buckets, "waited_for_engines_s": report.ready_s}
-                self._on_span(TRANSFER, f"sent by rank {rank}", report.started, report.ended, args)
+                self._note_report(rank, report)
+
+    def _note_report(self, rank: int, report: SendReport) -> None:
+        args = {"bytes": report.nbytes, "buckets": report.buckets, "waited_for_engines_s": report.ready_s}
+        self._on_span(TRANSFER, f"sent by rank {rank}", report.started, report.ended, args)
 
     def _join(self, members: dict[int, int]) -> None:
         """A plan, and communicators of its sources and these engines, unless those of before will do."""
         if self._plan is None or self._experts_move:
-            plan = plan_transfer(self._ranks("transfer_announce", self._dtype), _BUCKET_BYTES)
+            announced = self._ranks("transfer_announce", self._dtype)
+            plan = plan_transfer(announced, self._bucket_bytes)
             if self._plan is None or plan.ranks != self._plan.ranks:
                 self._membership = None
             self._plan = plan
+            # The digest travels with the plan, so that nobody computes it again.
+            logger.debug("weights travel by plan %s, from %d trainer ranks", plan.digest, len(plan.ranks))
+            if self._staged:
+                self._turns = turns_of(plan, {t.name: h.key for ours in announced for h in ours for t in h.tensors})
+                if staging_bytes(plan) > self._staging_bytes:
+                    self._staging_bytes, self._membership = staging_bytes(plan), None
         broken = self._membership is not None and self._membership.generation in self._failed
         if self._membership is not None and not broken and members == self._members:
             return
         assert self._rendezvous is not None
         began = time.time()
+        sources = range(len(self._trainer.handles)) if self._staged else self._plan.ranks
         membership = self._rendezvous.generation(
-            [source_name(rank) for rank in self._plan.ranks],
+            [source_name(rank) for rank in sources],
             receiver_names(sorted(members), self._pool.config.tensor_parallel),
-            "nccl" if self.path == "nccl" else "gloo",
+            self._backend,
             self._limits,
         )
         self._membership = None
         engines = {index: self._pool.handles[index] for index in members}
-        joining = {f"engine {i}": h.transfer_join.remote(membership) for i, h in engines.items() if h is not None}
+        what, limit_s = "joining a weight transfer", 2 * self._limits.join_s
+        if self._staged:
+            calls = self._submit("transfer_join_staged", membership, self._staging_bytes)
+            staging = dict(enumerate(self._wait(calls, what, limit_s, membership.generation)))
+            joining = {}
+        else:
+            staging, joining = {}, self._submit("transfer_join", membership)
         joining |= {
-            f"trainer rank {r}": h.transfer_join.remote(membership) for r, h in enumerate(self._trainer.handles)
+            f"engine {i}": h.transfer_join.remote(membership, staging.get(i))
+            for i, h in engines.items()
+            if h is not None
         }
-        self._wait(joining, "joining a weight transfer", 2 * self._limits.join_s, membership.generation)
+        self._wait(joining, what, limit_s, membership.generation)
         self._membership, self._members = membership, members
         args = {"generation": membership.generation, "engines": len(members), "sources": len(self._plan.ranks)}
         self._on_span(TRANSFER, "join", began, time.time(), args)
@@ -342,14 +229,17 @@ class WeightTransfer:
             dist.PrefixStore(f"transfer/{generation}", self._rendezvous.store).compare_set("failed", "", reason)
 
     def _copy(self) -> Future[Weights]:
-        """Have ranks copy today's weights to the object store when they have time; before anything they do later."""
+        """Have ranks copy today's weights to the object store when they have time; before anything they do later.
+
+        On demand that may be in any phase of a colocated run, so they bring offloaded weights back for it. When the
+        trainer is at newer ones already, engines get those: they generate only after the update that brings them.
+        """
         limit_s = self._trainer.limits.step_s
-        calls = [handle.export.remote(self._dtype) for handle in self._trainer.handles]
+        named = self._submit("export", self._dtype, self.path == "ipc")
 
         def collect() -> Weights:
             chunks: list[Any] = []
             manifest: dict[str, tuple[int, ...]] = {}
-            named = {f"trainer rank {rank}": call for rank, call in enumerate(calls)}
             for buckets in self._wait(named, "copying weights to the object store", limit_s):
                 for reference, shapes in buckets:
                     chunks.append(reference)
@@ -359,8 +249,13 @@ class WeightTransfer:
         return self._copies.submit(collect)
 
     def _ranks(self, name: str, *args: Any, limit_s: float | None = None, generation: int | None = None) -> list[Any]:
-        calls = {f"trainer rank {r}": getattr(h, name).remote(*args) for r, h in enumerate(self._trainer.handles)}
-        return self._wait(calls, name, limit_s or self._trainer.limits.step_s, generation)
+        return self._wait(self._submit(name, *args), name, limit_s or self._trainer.limits.step_s, generation)
+
+    def _submit(self, name: str, *args: Any) -> dict[str, Any]:
+        """A call to every rank, by its name."""
+        trainer = self._trainer
+        with trainer.in_order:
+            return {f"trainer rank {r}": getattr(h, name).remote(*args) for r, h in enumerate(trainer.handles)}
 
     def _wait(self, calls: Mapping[str, Any], what: str, limit_s: float, generation: int | None = None) -> list[Any]:
         """Results by member.
@@ -381,7 +276,9 @@ class WeightTransfer:
                 ray.get(done[0])
             except ray.exceptions.RayError as error:
                 found = _translated(error, who[done[0]], what)
-                failure = failure or found
+                # A rank whose peer died fails, too, and often first: the one that died is the cause to name.
+                died = isinstance(error, ray.exceptions.RayActorError) and isinstance(found, TrainerDied)
+                failure = found if failure is None or died else failure
                 if generation is not None:
                     self._broken(generation, str(found))
         if failure is not None:
@@ -404,10 +301,10 @@ def send_weights(run: Run) -> None:
     run.trainer_turn()
     transfer, config = run.transfer, run.config
     if transfer.path == "ipc" and run.turn == "trainer":
-        # Engines must be awake while the trainer's weights are still on the GPU; the rest makes room for them.
+        # Engines' weights must have room while the trainer's are still on the GPU; everything else waits.
         with run.phase("offload"):
             run.trainer.offload(("gradients", "optimizer"))
-            run.pool.wake()
+            run.pool.wake(weights_only=True)
     with run.phase("export"):
         payload = transfer.prepare(settled=run.updating is None)
     if payload.path != "ipc":

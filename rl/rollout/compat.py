@@ -101,6 +101,20 @@ def tokens_so_far(engine: Any, request_id: str) -> int:
     return 0 if state is None else int(state.detokenizer.num_output_tokens())
 
 
+def wake(engine: Any, *, weights_only: bool, weights_awake: bool) -> None:
+    """Map memory of an engine that sleeps: of its weights, of its cache, or of both; what is mapped must not be again.
+
+    Args:
+        engine: in sleep mode.
+        weights_only: leave the cache.
+        weights_awake: weights are mapped already.
+    """
+    if not weights_awake:
+        engine.wake_up(tags=["weights"] if weights_only else None)
+    elif not weights_only:
+        engine.wake_up(tags=["kv_cache"])
+
+
 def abort_internal(engine: Any, request_ids: list[str]) -> None:
     engine.abort_request(request_ids, internal=True)
 

@@ -41,6 +41,7 @@ from rl.rollout.ranks import call_ranks, forget_shared_memory, shared_memory_nam
 from rl.rollout.stepper import EngineFailed, EngineThread, Request
 from rl.rollout.validation import RefusedSample
 from rl.transfer.links import Membership
+from rl.transfer.staging import StagingHandles
 from rl.types import Prompt, RouteRef, Sample
 
 _log = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class RolloutEngine:
         self._thread: EngineThread | None = None
         self._up = asyncio.Event()
         self._torn: str | None = None
+        self._weights_awake = False  # while the rest sleeps
         self._tokenizer: Any = None
         self._end_tokens: tuple[int, ...] = ()
         self._manifest: dict[str, tuple[int, ...]] = {}
@@ -499,15 +501,20 @@ class RolloutEngine:
 
     # ------------------------------------------------------------------ weights
 
-    async def transfer_join(self, membership: Membership) -> None:
+    async def transfer_join(self, membership: Membership, staging: StagingHandles | None = None) -> None:
         """Join a generation of direct transfers; ``update_weights(version, [Incoming(plan)], plan.manifest)`` follows.
+
+        Args:
+            membership: the generation.
+            staging: of the trainer rank on the same GPU, if weights come through its memory.
 
         Raises:
             TransferTimeout: naming the members that did not come.
+            TransferError: staging memory cannot be opened.
         """
 
         def join(engine: Any) -> None:
-            call_ranks(engine, "ultraep_transfer_join", membership, self.index)
+            call_ranks(engine, "ultraep_transfer_join", membership, self.index, staging)
 
         await self._call(join, membership.limits.join_s + self.config.update_timeout_s, "joining a weight transfer")
 
@@ -577,6 +584,9 @@ class RolloutEngine:
             started = time.monotonic()
             if thread.running:
                 raise RuntimeError(f"engine {self.index}: {thread.running} requests are running; wait before sleeping")
+            if self._weights_awake:
+                compat.wake(engine, weights_only=False, weights_awake=True)
+                self._weights_awake = False
             if self.config.sleep_mode and not engine.is_sleeping():
                 engine.reset_prefix_cache()
                 engine.sleep(level=1 if keep_weights else 2)
@@ -586,13 +596,19 @@ class RolloutEngine:
 
         return await self._call(nap, self.config.update_timeout_s, "falling asleep")
 
-    async def wake(self) -> float:
-        """Take the device again; returns the seconds it took. Waking an engine that is awake does nothing."""
+    async def wake(self, weights_only: bool = False) -> float:
+        """Take the device again; returns the seconds it took. Waking an engine that is awake does nothing.
+
+        Args:
+            weights_only: take memory of weights, which may then be updated, and leave that of keys and values until
+                the engine is woken wholly.
+        """
 
         def rise(engine: Any) -> float:
             started = time.monotonic()
             if self.config.sleep_mode and engine.is_sleeping():
-                engine.wake_up()
+                compat.wake(engine, weights_only=weights_only, weights_awake=self._weights_awake)
+                self._weights_awake = weights_only
             return time.monotonic() - started
 
         return await self._call(rise, self.config.update_timeout_s, "waking up")

@@ -164,9 +164,9 @@ class EnginePool:
         calls = {i: self.handles[i].sleep.remote(keep_weights) for i in chosen}
         return max(self._all(calls, self.config.update_timeout_s, "falling asleep").values(), default=0.0)
 
-    def wake(self) -> float:
-        """All engines take their devices again. Returns the slowest one's seconds."""
-        calls = {i: self.handles[i].wake.remote() for i in self.indices()}
+    def wake(self, weights_only: bool = False) -> float:
+        """All engines take their devices again; see ``RolloutEngine.wake``. Returns the slowest one's seconds."""
+        calls = {i: self.handles[i].wake.remote(weights_only) for i in self.indices()}
         return max(self._all(calls, self.config.update_timeout_s, "waking up").values(), default=0.0)
 
     def abort(self, sample_ids: Sequence[str]) -> int:

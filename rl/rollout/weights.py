@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # they import torch, which who only checks manifests does wit
     from megatron_ultraep.runtime.profiler import ProfileSettings
     from rl.transfer.links import Membership
     from rl.transfer.receiver import Receiver
+    from rl.transfer.staged_receiver import StagedReceiver
+    from rl.transfer.staging import StagingHandles
 
 Manifest = Mapping[str, Sequence[int]]
 _SHOWN = 5
@@ -119,7 +121,9 @@ def check_manifest(given: Manifest, expected: Manifest, optional: Iterable[str] 
         )
 
 
-def fetch(chunks: Iterable[Any], timeout_s: float, receiver: Receiver | None = None) -> Iterator[tuple[str, Any]]:
+def fetch(
+    chunks: Iterable[Any], timeout_s: float, receiver: Receiver | StagedReceiver | None = None
+) -> Iterator[tuple[str, Any]]:
     """``(name, torch tensor)`` of all chunks; one chunk is held at a time.
 
     Args:
@@ -152,7 +156,7 @@ def here(chunk: Any, number: int, timeout_s: float) -> Any:
     return {name: _as_tensor(tensor) for name, tensor in _resolve(chunk, number, timeout_s).items()}
 
 
-def _pairs(chunk: Any, receiver: Receiver | None) -> Iterator[tuple[str, Any]]:
+def _pairs(chunk: Any, receiver: Receiver | StagedReceiver | None) -> Iterator[tuple[str, Any]]:
     """Of a chunk from :func:`here`."""
     from rl.transfer.ipc import IpcHandles
     from rl.transfer.links import TransferError
@@ -260,7 +264,7 @@ class WeightUpdateExtension:
     model_runner: Any
     vllm_config: Any
     rank: int
-    _ultraep_receiver: Receiver | None = None
+    _ultraep_receiver: Receiver | StagedReceiver | None = None
     _ultraep_update: tuple[ExitStack, Any, Announced] | None = None
     _ultraep_window: Any = None
 
@@ -272,18 +276,33 @@ class WeightUpdateExtension:
         return shared_memory_names()
 
     @answered
-    def ultraep_transfer_join(self, membership: Membership, engine: int) -> None:
+    def ultraep_transfer_join(self, membership: Membership, engine: int, staging: StagingHandles | None) -> None:
         """Join a generation of direct transfers, leaving the one before.
+
+        Args:
+            membership: the generation.
+            engine: index of this one.
+            staging: of the trainer rank on the same GPU, if weights come through its memory; None: they are broadcast
+                to this rank.
 
         Raises:
             TransferTimeout: naming the members that did not come.
+            TransferError: staging memory cannot be opened.
         """
         from rl.transfer.receiver import Receiver, receiver_name
+        from rl.transfer.staged_receiver import StagedReceiver
 
-        if self._ultraep_receiver is None:
-            name = receiver_name(engine, self.rank)
-            self._ultraep_receiver = Receiver(name, next(self.model_runner.model.parameters()).device)
-        self._ultraep_receiver.join(membership)
+        name, device = receiver_name(engine, self.rank), next(self.model_runner.model.parameters()).device
+        kind = Receiver if staging is None else StagedReceiver
+        if not isinstance(self._ultraep_receiver, kind):
+            if self._ultraep_receiver is not None:
+                self._ultraep_receiver.close()
+            self._ultraep_receiver = kind(name, device)
+        if isinstance(self._ultraep_receiver, StagedReceiver):
+            assert staging is not None
+            self._ultraep_receiver.join(membership, staging)
+        else:
+            self._ultraep_receiver.join(membership)
 
     @answered
     def ultraep_moe_layer_ids(self) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from rl.transfer.ipc import IpcHandles
 from rl.transfer.links import Membership
 from rl.transfer.plan import Holding, TransferPlan
 from rl.transfer.sender import SendReport, Snapshot
+from rl.transfer.staging import StagingHandles
+from rl.transfer.turns import Turn
 
 _BUCKET_BYTES = 64 << 20
 
@@ -154,10 +157,16 @@ class TrainerActor:
         self.worker.end_warmup()
 
     @ranged("export")
-    def export(self, dtype: str) -> list[tuple[Any, dict[str, tuple[int, ...]]]]:
-        """This rank's weights in the object store: ``(reference to {name: tensor}, {name: shape})`` per bucket."""
-        buckets = self.worker.export(_BUCKET_BYTES, getattr(torch, dtype))
-        return [(ray.put(b), {n: tuple(t.shape) for n, t in b.items()}) for b in buckets]
+    def export(self, dtype: str, borrow: bool = False) -> list[tuple[Any, dict[str, tuple[int, ...]]]]:
+        """This rank's weights in the object store: ``(reference to {name: tensor}, {name: shape})`` per bucket.
+
+        Args:
+            dtype: to cast to.
+            borrow: if they are offloaded, bring them back for this; otherwise that is an error.
+        """
+        with self.worker.offloader.borrowed("weights") if borrow else nullcontext():
+            buckets = self.worker.export(_BUCKET_BYTES, getattr(torch, dtype))
+            return [(ray.put(b), {n: tuple(t.shape) for n, t in b.items()}) for b in buckets]
 
     def transfer_announce(self, dtype: str) -> list[Holding]:
         """What this rank could hand over to engines directly; see ``rl.transfer``."""
@@ -174,6 +183,15 @@ class TrainerActor:
     def transfer_send(self, plan: TransferPlan, snapshot: Snapshot | None = None) -> SendReport | None:
         """Hand over this rank's share; with a snapshot, return once it is copied: ``transfer_finish`` waits."""
         return self._sender.send(plan) if snapshot is None else self._sender.start(plan, snapshot)
+
+    def transfer_join_staged(self, membership: Membership, nbytes: int) -> StagingHandles:
+        """Join with staging memory for the engine on the same GPU; see ``ModelSender.join_staged``."""
+        return self._sender.join_staged(membership, nbytes)
+
+    @ranged("transfer")
+    def transfer_hand_over(self, plan: TransferPlan, turns: Sequence[Turn]) -> SendReport:
+        """Hand everything to the engine on the same GPU; returns when it has it."""
+        return self._sender.hand_over(plan, turns)
 
     def transfer_finish(self, timeout_s: float) -> SendReport | None:
         return self._sender.finish(timeout_s)

@@ -12,6 +12,7 @@ its routers see.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,6 +109,9 @@ class Trainer:
     ) -> None:
         self.spec = spec
         self.limits = limits or TrainerLimits()
+        # Held while calls to several ranks are made: those of two threads must come to all ranks in one order, or their
+        # collectives meet crosswise.
+        self.in_order = threading.Lock()
         self.steps = 0  # optimizer steps of the actor so far, what micro-batch keys count
         self.critic_steps = 0  # likewise, of the critic
         self._sets: dict[str, Counts] = {}  # what the chunks of each model's open set learn from
@@ -161,12 +165,13 @@ class Trainer:
         """
         parts, ahead = self._parts(batch, model), self._plans(plans)
         chosen = range(len(self.handles)) if ranks is None else ranks
-        calls = [
-            self.handles[rank].logprobs.remote(
-                parts[rank], model, pass_, self.steps, routes, settings, ahead[rank], first_micro_batch
-            )
-            for rank in chosen
-        ]
+        with self.in_order:
+            calls = [
+                self.handles[rank].logprobs.remote(
+                    parts[rank], model, pass_, self.steps, routes, settings, ahead[rank], first_micro_batch
+                )
+                for rank in chosen
+            ]
         merged: dict[str, np.ndarray] = {}
         total = RouteReport()
         for values, report in self._all(calls, self.limits.step_s, f"log-probs of the {model}", chosen):
@@ -192,10 +197,11 @@ class Trainer:
         """
         parts = self._parts(batch, model)
         chosen = range(len(self.handles)) if ranks is None else ranks
-        calls = [
-            self.handles[rank].values.remote(parts[rank], self._step_of(model), model, first_micro_batch)
-            for rank in chosen
-        ]
+        with self.in_order:
+            calls = [
+                self.handles[rank].values.remote(parts[rank], self._step_of(model), model, first_micro_batch)
+                for rank in chosen
+            ]
         merged: dict[str, np.ndarray] = {}
         for values in self._all(calls, self.limits.step_s, f"values of the {model}", chosen):
             merged |= values
@@ -212,10 +218,11 @@ class Trainer:
     ) -> StepOutcome:
         """One optimizer step of the actor or the critic; plans as for :meth:`logprobs`, and the actor's."""
         parts, ahead, step = self._parts(batch, model), self._plans(plans), self._step_of(model)
-        calls = [
-            handle.train.remote(parts[rank], step, objective, lr, ahead[rank], model)
-            for rank, handle in enumerate(self.handles)
-        ]
+        with self.in_order:
+            calls = [
+                handle.train.remote(parts[rank], step, objective, lr, ahead[rank], model)
+                for rank, handle in enumerate(self.handles)
+            ]
         results = self._all(calls, self.limits.step_s, f"optimizer step {step} of the {model}")
         self._stepped(model)
         return step_outcome(results, batch.learnt)
@@ -231,12 +238,13 @@ class Trainer:
         batches = [self._parts(part.batch, part.model) for part in parts]
         plans = [self._plans(part.plans) for part in parts]
         sent = ray.put(schedule)
-        calls = [
-            handle.train_fused.remote(
-                sent, whats, self.spec.collective_s, *(b[rank] for b in batches), *(p[rank] for p in plans)
-            )
-            for rank, handle in enumerate(self.handles)
-        ]
+        with self.in_order:
+            calls = [
+                handle.train_fused.remote(
+                    sent, whats, self.spec.collective_s, *(b[rank] for b in batches), *(p[rank] for p in plans)
+                )
+                for rank, handle in enumerate(self.handles)
+            ]
         names = " and ".join(part.model for part in parts)
         results = self._all(calls, self.limits.step_s, f"fused step {self.steps} of {names}")
         learnt = {part.model: part.batch.learnt for part in parts if isinstance(part.task, Learning)}
@@ -278,10 +286,11 @@ class Trainer:
         """
         check_first(model in self._sets, first)
         parts, ahead, step = self._parts(batch, model), self._plans(plans), self._step_of(model)
-        calls = [
-            handle.accumulate.remote(parts[rank], step, objective, ahead[rank], first, model)
-            for rank, handle in enumerate(self.handles)
-        ]
+        with self.in_order:
+            calls = [
+                handle.accumulate.remote(parts[rank], step, objective, ahead[rank], first, model)
+                for rank, handle in enumerate(self.handles)
+            ]
         self._sets[model] = self.accumulated(model) + batch.learnt
         results = self._all(calls, self.limits.step_s, f"a chunk of optimizer step {step} of the {model}")
         return chunk_outcome(results, batch.learnt)
@@ -445,7 +454,9 @@ class Trainer:
         return [references[part] for part in of_rank]
 
     def _call(self, name: str, *args: Any, limit: float) -> list[Any]:
-        return self._all([getattr(handle, name).remote(*args) for handle in self.handles], limit, name)
+        with self.in_order:
+            calls = [getattr(handle, name).remote(*args) for handle in self.handles]
+        return self._all(calls, limit, name)
 
     def _all(self, calls: Sequence[Any], limit_s: float, what: str, ranks: Sequence[int] | None = None) -> list[Any]:
         """Results of calls to ranks (all by default), within one limit; the first failure of any ends the wait."""

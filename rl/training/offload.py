@@ -25,6 +25,7 @@ import resource
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -141,6 +142,17 @@ class Offloader:
                 sizes[part] = away.bytes
         _wait_for_device(self._worker.actor.device)
         return OffloadReport(sizes, time.perf_counter() - started)
+
+    @contextmanager
+    def borrowed(self, *parts: Part) -> Iterator[None]:
+        """Parts on the device for a while; those that were offloaded are offloaded again."""
+        away = [part for part in parts if part in self._away]
+        self.onload(away)
+        try:
+            yield
+        finally:
+            if away:
+                self.offload(away)
 
     def require(self, what: str, *parts: Part) -> None:
         """See that parts are on the device.

@@ -60,12 +60,9 @@ class IpcHandles:
             RuntimeError: the memory cannot be opened: another GPU, or its owner has gone.
         """
         opened = []
-        for rebuild, arguments in self.storages:
-            values = list(arguments)
-            if len(values) > _DEVICE and isinstance(values[_DEVICE], int):
-                values[_DEVICE] = torch.cuda.current_device()
+        for function, arguments in self.storages:
             try:
-                opened.append(rebuild(*values).untyped_storage())
+                opened.append(rebuilt(function, arguments).untyped_storage())
             except RuntimeError as error:
                 raise RuntimeError(
                     f"could not open the memory of trainer rank {self.rank}: engine and trainer must share a GPU, and "
@@ -75,6 +72,23 @@ class IpcHandles:
             storage = opened[place.storage]
             tensor = torch.empty(0, dtype=getattr(torch, place.dtype), device=storage.device)
             yield place.name, tensor.set_(storage, place.offset, place.shape, place.stride)
+
+
+def rebuilt(function: Any, arguments: tuple[Any, ...], device: torch.device | None = None) -> torch.Tensor:
+    """What torch's ``reduce_tensor`` made of a tensor, on this process's own index of the same GPU.
+
+    Args:
+        function, arguments: what it returned.
+        device: that GPU here; None: the current one.
+
+    Raises:
+        RuntimeError: the memory cannot be opened.
+    """
+    values = list(arguments)
+    if len(values) > _DEVICE and isinstance(values[_DEVICE], int):
+        given = device.index if device is not None else None
+        values[_DEVICE] = torch.cuda.current_device() if given is None else given
+    return function(*values)
 
 
 class SharedWeights:

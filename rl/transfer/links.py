@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -162,6 +163,32 @@ class Board:
                 time.sleep(_NAP_S)
         return {key: self.store.get(key).decode() for key in keys}
 
+    def until(self, done: Callable[[], bool], limit_s: float, what: Callable[[], str], *, spins: int = _POLLS) -> None:
+        """Wait for something that is no key of the store.
+
+        Args:
+            done: whether it has come; called again and again.
+            limit_s: of the wait, seconds.
+            what: says who was waited for, and to do what.
+            spins: looks without a nap.
+
+        Raises:
+            TransferTimeout: it did not come.
+            TransferError: a member has failed.
+        """
+        now = time.monotonic()
+        deadline, look, looks = now + limit_s, now + _LOOK_S, 0
+        while not done():
+            looks += 1
+            if looks > spins:
+                time.sleep(_NAP_S)
+            now = time.monotonic()
+            if now > look:
+                self.raise_failure()
+                look = now + _LOOK_S
+            if now > deadline:
+                self.fail(TransferTimeout(f"{self.what} waited {limit_s:g} s for {what()}"))
+
     def raise_failure(self) -> None:
         """Raise if another member has failed."""
         if self.store.check(["failed"]):
@@ -206,10 +233,10 @@ class Link:
         others = [self.membership.sources[self.source], *self.membership.receivers]
         return ", ".join(name for name in others if name != self.board.name)
 
-    def broadcast(self, buffer: torch.Tensor) -> Any:
-        """Start to send (source) or fill (receivers) a uint8 buffer; returns the work to :meth:`wait` for."""
+    def broadcast(self, buffer: torch.Tensor, root: int = 0) -> Any:
+        """Start to send (root, the source) or fill (others) a uint8 buffer; returns the work to :meth:`wait` for."""
         options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor, options.asyncOp = 0, 0, True
+        options.rootRank, options.rootTensor, options.asyncOp = root, 0, True
         return self.group.broadcast([buffer], options)
 
     def wait(self, work: Any, limit_s: float, what: str) -> None:
@@ -258,8 +285,14 @@ class Link:
         )
 
     def abort(self) -> None:
-        """Give the communicator up; what hangs in it ends."""
+        """Give the communicator up; what hangs in it ends, or, with gloo, is not waited for."""
         self.group.abort()
+        if self.membership.backend == "gloo":
+            # Operations that wait for a peer go on to their limit, and taking the group down would wait for them with
+            # Python's lock held: somebody keeps it until they have ended.
+            keeper = threading.Timer(_longest_s(self.membership.limits) + _GRACE_S, _forget, [self.group])
+            keeper.daemon = True
+            keeper.start()
 
     def close(self) -> None:
         """End the communicator in good order."""
@@ -309,9 +342,18 @@ def await_ready(board: Board, plan: TransferPlan, number: int, membership: Membe
         board.fail(TransferError(f"{board.what} has another plan than {', '.join(wrong)}: send all the same one"))
 
 
+def _longest_s(limits: Limits) -> float:
+    """Limit of any operation of a communicator."""
+    return max(limits.join_s, limits.bucket_s)
+
+
+def _forget(kept: Any) -> None:
+    """Somebody kept it until now."""
+
+
 def _group(membership: Membership, store: Any, rank: int, world: int) -> Any:
     limits = membership.limits
-    longest = timedelta(seconds=max(limits.join_s, limits.bucket_s))
+    longest = timedelta(seconds=_longest_s(limits))
     if membership.backend == "gloo":
         return dist.ProcessGroupGloo(store, rank, world, longest)
     if membership.backend != "nccl":

@@ -5,20 +5,28 @@ holdings = sender.announce("bfloat16")          # to the driver, which makes pla
 sender.join(membership)
 report = sender.send(plan)                      # returns when all engines have all
 sender.start(plan); train(...); sender.finish(60.0)     # from a copy, so that training may change weights at once
+
+or, where engines share GPUs with trainer ranks:
+
+handles = sender.join_staged(membership, staging_bytes(plan))   # to the engine beside this rank
+report = sender.hand_over(plan, turns)                          # returns when that engine has all
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
 from rl.models.builder import BuiltModel
-from rl.models.weights import export_weights, holdings
+from rl.models.weights import export_by_parameter, export_weights, holdings
 from rl.transfer.links import Membership, TransferError, source_name
 from rl.transfer.plan import Holding, TransferPlan
 from rl.transfer.sender import Sender, SendReport, Snapshot
+from rl.transfer.staged_sender import StagedSender
+from rl.transfer.staging import StagingHandles
+from rl.transfer.turns import Turn
 
 
 class ModelSender:
@@ -35,6 +43,7 @@ class ModelSender:
         self.rank = rank
         self.settle = settle
         self.sender = Sender(source_name(rank), torch.device(model.device))
+        self._staged: StagedSender | None = None
         self._holdings: list[Holding] = []
         self._thread = ThreadPoolExecutor(1, "weight-transfer")
         self._under_way: Future[SendReport | None] | None = None
@@ -62,6 +71,24 @@ class ModelSender:
         for _ in pairs:  # its part in the gathers
             pass
         return None
+
+    def join_staged(self, membership: Membership, nbytes: int) -> StagingHandles:
+        """Join as one of all ranks, with so much staging memory; see :meth:`StagedSender.join`."""
+        if self._staged is None:
+            self._staged = StagedSender(self.rank, self.sender.device)
+        return self._staged.join(membership, nbytes)
+
+    @torch.no_grad()
+    def hand_over(self, plan: TransferPlan, turns: Sequence[Turn]) -> SendReport:
+        """Hand everything to the engine on the same GPU; a collective of all trainer ranks.
+
+        Raises:
+            TransferError: see :meth:`StagedSender.hand_over`.
+        """
+        if self._staged is None:
+            raise TransferError(f"{self.sender.name} is in no generation: join one first")
+        self.settle()
+        return self._staged.hand_over(plan, turns, export_by_parameter(self.model, self._names(plan)))
 
     @torch.no_grad()
     def start(self, plan: TransferPlan, where: Snapshot = "device") -> None:
@@ -105,10 +132,15 @@ class ModelSender:
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
         self.sender.close()
+        if self._staged is not None:
+            self._staged.close()
 
     def _pairs(self, plan: TransferPlan) -> Iterator[tuple[str, torch.Tensor]]:
         self.settle()
+        return export_weights(self.model, names=self._names(plan))
+
+    def _names(self, plan: TransferPlan) -> set[str]:
+        """Tensors that this rank hands over or helps to gather."""
         leader = {name: rank for source, rank in enumerate(plan.ranks) for name in plan.names(source)}
         mine = self._holdings or self.announce(next(iter(plan.buckets[0][0].pieces)).tensor.dtype)
-        names = {t.name for h in mine for t in h.tensors if leader.get(t.name) == h.leader}
-        return export_weights(self.model, names=names)
+        return {t.name for h in mine for t in h.tensors if leader.get(t.name) == h.leader}

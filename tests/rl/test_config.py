@@ -447,7 +447,26 @@ BROKEN = [
     ([("stream.transfer", "nccl")], "stream.transfer", "between GPUs"),
     ([("profile", {"steps": [2]}), ("trainer.backend", "nccl")], "profile.steps", "not tested on GPUs"),
     ([*PPO, ("trainer.backend", "nccl")], "critic", "not tested on GPUs"),
-    ([("stream", {"transfer": "ipc", "colocated": True})], "stream.transfer", "shares its GPU"),
+    ([("stream", {"transfer": "ipc"})], "stream.transfer", "each beside its own"),
+    (
+        [("stream", {"transfer": "ipc", "colocated": True}), ("trainer.ranks", 2), ("rollout.engines", 3)],
+        "stream.transfer",
+        "as many as trainer ranks",
+    ),
+    (
+        [("stream", {"transfer": "ipc", "colocated": True}), ("trainer.ranks", 1), ("rollout.device", "cuda")],
+        "stream.transfer",
+        "which this run is not",
+    ),
+    (
+        [
+            ("stream", {"transfer": "ipc", "colocated": True}),
+            ("rollout", {"engines": 2, "device": "cuda"}),
+            ("trainer", {"ranks": 2, "backend": "nccl"}),
+        ],
+        "stream.transfer",
+        "not verified",
+    ),
     ([("rollout.tensor_parallel", 4)], "rollout.tensor_parallel", "more than 2 ranks are not tested on cpu"),
     (
         [("rollout.tensor_parallel", 2), ("rollout.device", "cuda")],
@@ -463,7 +482,7 @@ BROKEN = [
             ("allow_untested", True),
         ],
         "stream.transfer",
-        "one engine of one rank",
+        "engines of one rank",
     ),
     (
         [("stream.transfer", "nccl"), ("rollout.device", "cuda"), ("trainer.backend", "nccl")],
@@ -556,6 +575,13 @@ VALID = [
     [("stream", {"pipelining": True}), ("algorithm", {"mini_batches": 2, "old_logprobs": "rollout"})],
     [("stream", {"dispatch": "longest_first", "predictor": "history", "elastic": {"max_engines": 2}})],
     [("stream", {"colocated": True})],
+    [("stream", {"transfer": "ipc", "colocated": True}), ("trainer.ranks", 2), ("rollout.engines", 2)],
+    [
+        ("stream", {"transfer": "ipc", "colocated": True}),
+        ("rollout", {"engines": 2, "device": "cuda"}),
+        ("trainer", {"ranks": 2, "backend": "nccl"}),
+        ("allow_untested", True),
+    ],
     [("data.eval", {"reasoning_gym": "leg_counting", "size": 50, "seed": 0})],
     [("warmup", {"steps": 10, "batch_size": 10, "examples_seed": 900})],
     [("warmup", {"steps": 1000, "batch_size": 10, "examples": 100, "examples_seed": 900})],

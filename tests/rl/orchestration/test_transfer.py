@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rl.orchestration.transfer import Direct, DirectEngines
+from rl.orchestration.direct import Direct, DirectEngines, OnDemand
 from rl.rollout.fleet import EngineDied
 from rl.rollout.weights import TornWeights
 from tests.rl.orchestration.command import Command, ledger_lines, tiny_config
@@ -65,7 +65,7 @@ def direct(engines: DirectEngines, copied: bool = True) -> Direct:
     copy: Future[Any] = Future()
     if copied:
         copy.set_result(COPY)
-    return Direct("directly", members, copy, generation=7)
+    return Direct("directly", members, lambda: copy, generation=7)
 
 
 def update(engines: DirectEngines, index: int, chunk: Any, version: int = 1) -> Future[float]:
@@ -90,7 +90,7 @@ def test_a_torn_transfer_is_followed_by_the_copy_when_it_is_there(engines, pool,
     pool.answers[0].set_exception(TornWeights("half-way"))
     assert broken == [(7, "engine 0: half-way")]
     assert len(pool.sent) == 1
-    chunk.copy.set_result(COPY)
+    chunk.copy().set_result(COPY)
     assert pool.sent[1] == (0, 1, ["copy"])
     pool.answers[1].set_result(0.5)
     assert future.result(1) == 0.5
@@ -135,14 +135,48 @@ def test_what_the_copy_met_is_reported(engines, pool):
     chunk = direct(engines, copied=False)
     future = update(engines, 0, chunk)
     pool.answers[0].set_exception(TornWeights("half-way"))
-    chunk.copy.set_exception(RuntimeError("trainer rank 0 is gone"))
+    chunk.copy().set_exception(RuntimeError("trainer rank 0 is gone"))
     with pytest.raises(RuntimeError, match="trainer rank 0"):
+        future.result(1)
+
+
+def test_a_copy_on_demand_is_made_once_and_only_when_asked_for(engines, pool):
+    made = []
+
+    def make():
+        made.append(Future())
+        return made[-1]
+
+    chunk = Direct("directly", engines.members(), OnDemand(make), generation=7)
+    futures = [update(engines, i, chunk) for i in (0, 1)]
+    assert made == []
+    for answer in pool.answers[:2]:
+        answer.set_exception(TornWeights("half-way"))
+    assert len(made) == 1
+    made[0].set_result(COPY)
+    for answer in pool.answers[2:]:
+        answer.set_result(0.5)
+    assert [future.result(1) for future in futures] == [0.5, 0.5]
+
+
+def test_a_copy_that_cannot_be_begun_is_reported(engines, pool):
+    def make():
+        raise RuntimeError("no trainer is there")
+
+    future = update(engines, 0, Direct("directly", engines.members(), OnDemand(make), generation=7))
+    pool.answers[0].set_exception(TornWeights("half-way"))
+    with pytest.raises(RuntimeError, match="no trainer"):
         future.result(1)
 
 
 # ------------------------------------------------------------------ whole runs
 
-SETTINGS = {"sampling__max_tokens": 24, "data__prompts_per_step": 4, "checkpoint__every": 0}
+SETTINGS = {
+    "sampling__max_tokens": 24,
+    "data__prompts_per_step": 4,
+    "checkpoint__every": 0,
+    "reward__path": "tests.rl.orchestration.rewards:of_tokens",  # a model that knows nothing learns from it, too
+}
 
 
 def metrics(directory: Any) -> list[dict[str, Any]]:
@@ -174,6 +208,71 @@ def test_losses_are_those_of_the_object_store(tmp_path):
         assert all(line["stream/transfer_fallbacks"] == 0 for line in metrics(directory))
     assert any(line["train/loss"] for line in results["store"])
     assert results["gloo"] == results["store"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_colocated_engines_get_through_staging_memory_what_the_store_would_bring(tmp_path):
+    """Two ranks of one tensor-parallel group, so that buckets pass on while ranks gather with each other."""
+    results, responses = {}, {}
+    for path in ("store", "ipc"):
+        directory = tmp_path / path
+        directory.mkdir()
+        config = tiny_config(
+            directory,
+            **SETTINGS,
+            run__steps=3,
+            rollout__engines=2,
+            trainer__parallel={"tp": 2, "ep": 2},
+            trainer__sequence_parallel=True,
+            stream={"transfer": path, "colocated": True},
+        )
+        command = Command(config)
+        try:
+            assert command.end(500) == 0, command.output()[-3000:]
+            assert command.orphans() == []
+        finally:
+            command.kill()
+        assert set(transfers(directory)) == {path}
+        assert all(line["stream/transfer_fallbacks"] == 0 for line in metrics(directory))
+        # Samples of steps after the first were drawn with weights that were sent.
+        assert all(0 < line["train/rollout_logprob_abs_diff"] <= 1e-4 for line in metrics(directory))
+        names = ("train/loss", "train/grad_norm", "rollout/reward/mean", "rollout/response_length/mean")
+        results[path] = [{name: line.get(name) for name in names} for line in metrics(directory)]
+        responses[path] = sorted(s for line in ledger_lines(directory / "run") for s in line["sample_ids"])
+    assert len(results["store"]) == 3
+    assert any(line["train/loss"] for line in results["store"])
+    assert results["ipc"] == results["store"]
+    assert responses["ipc"] == responses["store"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_colocated_engine_killed_during_the_run_gets_its_weights_from_the_offloaded_trainer(tmp_path):
+    config = tiny_config(
+        tmp_path,
+        **SETTINGS,
+        run__steps=6,
+        rollout__engines=2,
+        trainer__parallel={"tp": 2, "ep": 2},
+        trainer__sequence_parallel=True,
+        stream={"transfer": "ipc", "colocated": True},
+    )
+    command = Command(config)
+    try:
+        command.wait_for(lambda: command.steps() >= 2, 300, "two steps")
+        command.actors("EngineActor")[0].send_signal(signal.SIGKILL)
+        assert command.end(500) == 0, command.output()[-3000:]
+        assert command.orphans() == []
+    finally:
+        command.kill()
+    lines = ledger_lines(tmp_path / "run")
+    samples = [s for line in lines for s in line["sample_ids"]]
+    assert len(lines) == 6
+    assert len(samples) == len(set(samples)) == 6 * 4 * 4
+    assert "takes weights of version" in command.output() or "object store this time" in command.output()
+    assert metrics(tmp_path)[-1]["stream/transfer_fallbacks"] >= 1
+    assert transfers(tmp_path)[-1] == "ipc"  # the next versions go directly again
 
 
 @pytest.mark.slow

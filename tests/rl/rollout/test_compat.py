@@ -35,6 +35,17 @@ def test_check_needs_no_vllm() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.parametrize(
+    ("weights_only", "weights_awake", "calls"),
+    [(False, False, [None]), (True, False, [["weights"]]), (False, True, [["kv_cache"]]), (True, True, [])],
+)
+def test_no_memory_of_a_sleeping_engine_is_mapped_twice(weights_only, weights_awake, calls):
+    told = []
+    engine = SimpleNamespace(wake_up=lambda tags: told.append(tags))
+    compat.wake(engine, weights_only=weights_only, weights_awake=weights_awake)
+    assert told == calls
+
+
 def test_flat_logprobs_of_sampled_tokens() -> None:
     flat = SimpleNamespace(logprobs=[-1.5, -0.25, -0.5, -2.0], start_indices=[0, 1, 3])
     found = compat.sampled_logprobs(SimpleNamespace(logprobs=flat))

@@ -64,6 +64,15 @@ def train(directory, layout, away, spec):
         assert weights.bytes == {"weights": reports[-1].bytes["weights"]}
         exported = {n: t for bucket in worker.export(1 << 20, worker.actor.dtype) for n, t in bucket.items()}
         assert all(torch.equal(exported[n], t) for n, t in export_weights(worker.actor))
+        with worker.offloader.borrowed("weights"):
+            pass  # they are there already, and stay
+        worker.offload(["weights"])
+        with worker.offloader.borrowed("weights"):
+            again = {n: t for bucket in worker.export(1 << 20, worker.actor.dtype) for n, t in bucket.items()}
+        assert all(not addresses(worker)[part] for part in PARTS)
+        assert again.keys() == exported.keys()
+        assert all(torch.equal(exported[n], t) for n, t in again.items())
+        worker.onload(["weights"])
         back = worker.onload()
         assert back.bytes == reports[-1].bytes | {"weights": 0}
         assert worker.offloader.memory().torch_allocated == held[-2]
