@@ -1,7 +1,8 @@
-"""GPUs that an engine and a trainer rank share, in turns: which of Ray's processes goes where."""
+"""GPUs of Ray's processes: those that an engine and a trainer rank share in turns, and which one is an actor's own."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import ray
@@ -9,6 +10,27 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rl.rank_nodes import bundles_by_node
+
+SEES_ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+"""Environment of an actor that sees every GPU of its node, as a process of torchrun does. Ray shows an actor its own
+only, which is number 0 for each, and ranks that map each other's memory must differ in their numbers."""
+
+
+def own_gpu() -> int:
+    """Index, among the GPUs that this actor sees, of the one that Ray gave it.
+
+    Raises:
+        RuntimeError: Ray gave it none, or several, or one that it does not see.
+    """
+    given = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = None if shown is None else shown.split(",")
+    if len(given) != 1 or (seen is not None and given[0] not in seen):
+        raise RuntimeError(
+            f"expected one GPU from Ray, among those that CUDA_VISIBLE_DEVICES shows ({shown}), got {given}; start Ray "
+            "with that variable as its actors will have it, or without"
+        )
+    return int(given[0]) if seen is None else seen.index(given[0])
 
 
 class SharedGpus:

@@ -120,6 +120,10 @@ def configuration(mode: str, arguments: argparse.Namespace, directory: Path) -> 
         config["data"]["max_prompt_tokens"] = 512
         config["rollout"]["max_model_len"] = 512 + arguments.longest
         config["warmup"] = {"steps": 0}
+        if arguments.direct:
+            # Engines that finish their samples first take weights one by one, which only the store allows.
+            direct = {"colocated": "ipc", "one-step": "store"}
+            config["stream"]["transfer"] = direct.get(mode, "nccl")
         config["ray"] = {"object_store_mib": 8192}
         # Gigabytes of optimizer states are written at the start and the end otherwise.
         config["checkpoint"]["save_optimizer"] = False
@@ -133,7 +137,7 @@ def train(mode: str, arguments: argparse.Namespace, directory: Path) -> Row:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with (directory / f"{mode}.log").open("w") as log:
         code = subprocess.run(
-            [sys.executable, "-m", "rl.cli", "train", str(path)],
+            [sys.executable, "-m", "rl.cli", "train", str(path), *["--allow-untested"] * arguments.direct],
             cwd=ROOT,
             env=environment,
             stdout=log,
@@ -272,6 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DIRECTORY",
         help="with --gpus: a Hugging Face directory; random weights by default",
     )
+    parser.add_argument(
+        "--direct", action="store_true", help="with --gpus: weights by NCCL, or CUDA IPC where colocated, not the store"
+    )
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=32, help="prompts of a step")
     parser.add_argument("--samples", type=int, default=8, help="responses to each")
@@ -302,11 +309,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\nMeasured, {arguments.gpus or 'no'} GPUs.\n" + table(rows))
     missed = False
     for row in rows if arguments.gpus else ():
-        if row.mode == "one-step" and row.speedup is not None and row.allowed is not None:
+        if row.mode.startswith("one-step") and row.speedup is not None and row.allowed is not None:
             share = row.speedup / row.allowed
             missed |= share < BAR
             verdict = "kept" if share >= BAR else "MISSED"
-            print(f"one-step: {share:.2f} of the speed-up that is allowed, bar {BAR}: {verdict}")
+            print(f"{row.mode}: {share:.2f} of the speed-up that is allowed, bar {BAR}: {verdict}")
     return int(missed)
 
 

@@ -115,6 +115,7 @@ def cases() -> list[Case]:
         _family("qwen3_moe", 2, layers=2, head_dim=64),
         _family("glm4_moe", 2, **glm),
         _family("deepseek_v3", 2, **deepseek),
+        Case("ipc, staged", 2, PAIR | {"trainer__parallel": {"ep": 2}, "stream__transfer": "ipc"}),
         Case("nccl", 2, APART | {"stream__transfer": "nccl"}),
         Case(
             "nccl, one step ahead",

@@ -23,25 +23,24 @@ def _mix(x: U64) -> U64:
 
 
 def row_hashes(routes: npt.NDArray[np.integer], rows: npt.NDArray[np.integer] | None = None) -> U64:
-    """One 64-bit hash per row of one layer.
+    """One 64-bit hash per row, of one layer or of several.
 
     Args:
-        routes: int ``[n, topk]``: the experts of each row, in any order.
+        routes: int ``[n, topk]`` or ``[n, layers, topk]``: the experts of each row, in any order.
         rows: int ``[n]``: index of each row in its sample; ``0..n-1`` by default.
 
     Returns:
-        uint64 ``[n]``.
+        uint64 ``[n]`` or ``[n, layers]``.
     """
-    ordered = np.sort(routes.astype(np.uint64), axis=-1)
+    ordered = np.sort(routes, axis=-1)
     state = _mix((np.arange(len(routes)) if rows is None else rows).astype(np.uint64))
+    state = state.reshape(-1, *[1] * (routes.ndim - 2))
     for k in range(ordered.shape[-1]):
-        state = _mix(state ^ ordered[:, k])
+        state = _mix(state ^ ordered[..., k].astype(np.uint64))
     return state
 
 
 def layer_digests(routes: npt.NDArray[np.integer]) -> U64:
     """uint64 ``[moe_layers]``: the digest of each layer of one sample's ``[rows, moe_layers, topk]``."""
-    with np.errstate(over="ignore"):
-        return np.array(
-            [row_hashes(routes[:, layer]).sum(dtype=np.uint64) for layer in range(routes.shape[1])], dtype=np.uint64
-        )
+    # All layers at once: a few hundred short calls per sample would hold up the thread that steps the engine.
+    return row_hashes(routes).sum(axis=0, dtype=np.uint64)

@@ -1,14 +1,15 @@
 """Trainer's weights into engines: through Ray's object store, or directly (``stream.transfer``).
 
 A direct transfer is a collective of trainer ranks and engines: an engine that starts later cannot have it again, and
-the death of one breaks it for all. So every direct transfer has a copy in the object store behind it, which ranks make
-after they have handed their share over, and which engines that were no members, or whose transfer broke off, take
-instead. The next version makes the set of members anew and goes directly again. The generation service sees one update
-per version, whichever way its engines take it.
+the death of one breaks it for all. Engines that were no members, or whose transfer broke off, take a copy in the object
+store instead, which trainer ranks make when the first engine asks for it, between two of their calls: a healthy run
+pays nothing for it (made each time it took ranks seconds of a step). With ``stream.staleness`` the trainer may be at
+the next version by then; the engine then has that one under the older one's number, fresher than it says. The next
+version makes the set of members anew and goes directly again. The generation service sees one update per version,
+whichever way its engines take it.
 
-Where engines and trainer ranks share GPUs (``ipc``), the copy is made only when an engine asks for it: the trainer's
-weights do not change before the next turn, and host memory is spared. One engine beside the only rank reads its memory
-as it is; more take buckets from staging memory, see ``rl.transfer.staged_sender``.
+Where engines and trainer ranks share GPUs (``ipc``), one engine beside the only rank reads its memory as it is; more
+take buckets from staging memory, see ``rl.transfer.staged_sender``.
 """
 
 from __future__ import annotations
@@ -142,12 +143,10 @@ class WeightTransfer:
         generation = self._membership.generation
         if self._staged:
             self._begin_handing_over(generation)
-            copy = OnDemand(self._copy)
         else:
             self._ranks("transfer_send", self._plan, "device", generation=generation)
-            begun = self._copy()
-            copy = OnDemand(lambda: begun)
-        return Payload([Direct(Incoming(self._plan), members, copy, generation)], self._plan.manifest, self.path)
+        direct = Direct(Incoming(self._plan), members, OnDemand(self._copy), generation)
+        return Payload([direct], self._plan.manifest, self.path)
 
     def _begin_handing_over(self, generation: int) -> None:
         """Ranks wait for the engines beside them until :meth:`release`; a rank that fails ends the others' waits."""
@@ -231,8 +230,8 @@ class WeightTransfer:
     def _copy(self) -> Future[Weights]:
         """Have ranks copy today's weights to the object store when they have time; before anything they do later.
 
-        On demand that may be in any phase of a colocated run, so they bring offloaded weights back for it. When the
-        trainer is at newer ones already, engines get those: they generate only after the update that brings them.
+        That may be in any phase of a colocated run, so they bring offloaded weights back for it. When the trainer is
+        at newer ones already, engines get those; colocated ones generate only after the update that brings them.
         """
         limit_s = self._trainer.limits.step_s
         named = self._submit("export", self._dtype, self.path == "ipc")

@@ -67,10 +67,12 @@ class TrainerActor:
         """
         import os
 
+        from rl.shared_gpus import own_gpu
         from rl.training import worker
 
         started = time.perf_counter()
-        worker.initialize(self.rank, world, address, backend, spec.collective_s)
+        gpu = own_gpu() if backend == "nccl" else 0
+        worker.initialize(self.rank, world, address, backend, spec.collective_s, gpu)
         self.routes = RoutesOfEngines(routes_s)
         self.worker = worker.TrainWorker(spec, self.routes)
         arch = self.worker.actor.arch

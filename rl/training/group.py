@@ -28,7 +28,7 @@ from megatron_ultraep.megatron.migrate import MoveReport
 from megatron_ultraep.pipeline.problem import Schedule
 from megatron_ultraep.runtime.profiler import ProfileSettings
 from rl.rank_nodes import RankNodes
-from rl.shared_gpus import SharedGpus
+from rl.shared_gpus import SEES_ALL_GPUS, SharedGpus
 from rl.training.accumulate import check_apply, check_first
 from rl.training.actor import TrainerActor
 from rl.training.batch import Counts, MiniBatch
@@ -505,6 +505,8 @@ def trainer_environment(backend: str) -> dict[str, str]:
         # Megatron's tensor parallelism overlaps communication by issue order.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }
-    if backend == "gloo":
+    if backend == "nccl":
+        environment |= SEES_ALL_GPUS
+    else:
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     return environment

@@ -465,7 +465,7 @@ def _check_float64(spec: TrainerSpec) -> None:
             raise ValueError(f"Megatron clips no float64 gradients: set {name}.clip_grad to 0")
 
 
-def initialize(rank: int, world: int, address: str, backend: str, timeout_s: float) -> None:
+def initialize(rank: int, world: int, address: str, backend: str, timeout_s: float, gpu: int = 0) -> None:
     """Join the trainer's process group.
 
     Args:
@@ -473,11 +473,12 @@ def initialize(rank: int, world: int, address: str, backend: str, timeout_s: flo
         address: ``host:port`` where rank 0 listens.
         backend: ``"gloo"`` or ``"nccl"``.
         timeout_s: limit of joining and of every collective, in seconds.
+        gpu: index of this rank's own, with ``"nccl"``.
     """
     from datetime import timedelta
 
     if backend == "nccl":
-        torch.cuda.set_device(0)  # Ray shows each actor its own GPU only
+        torch.cuda.set_device(gpu)
     torch.set_num_threads(1)
     dist.init_process_group(
         backend, init_method=f"tcp://{address}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
