@@ -33,9 +33,7 @@ from rl.transfer.turns import staging_bytes, turns_of
 
 CPU = torch.device("cpu")
 LIMITS = Limits(join_s=60.0, start_s=60.0, bucket_s=60.0)
-SHORT = Limits(
-    join_s=60.0, start_s=60.0, bucket_s=4.0
-)  # others wait half as long again, so that it is clear who was first
+SHORT = Limits(join_s=60.0, start_s=60.0, bucket_s=4.0)  # others wait longer, 1.5 and 2 times, so all name one member
 
 
 @pytest.fixture(scope="module")
