@@ -15,6 +15,7 @@ an engine dies. For more, make one over the pool:
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -38,6 +39,8 @@ from rl.shared_gpus import SharedGpus
 from rl.types import Prompt, Sample
 
 __all__ = ["EngineDied", "EnginePool"]
+
+_log = logging.getLogger(__name__)
 
 _STEP_TIMES_S = 5.0  # a metric is not worth waiting for
 _CALLS_PER_ENGINE = 1024  # concurrent calls that an actor takes; the engine itself queues what it has no seat for
@@ -158,16 +161,21 @@ class EnginePool:
     def sleep(self, keep_weights: bool = False, engines: Sequence[int] | None = None) -> float:
         """Engines, all by default, free their devices; see ``RolloutEngine.sleep``. Returns the slowest one's seconds.
 
-        Those asleep already stay so.
+        Those asleep already stay so. One that has died holds nothing: whoever calls it next finds out and replaces it.
         """
         chosen = [i for i in self.indices() if engines is None or i in engines]
         calls = {i: self.handles[i].sleep.remote(keep_weights) for i in chosen}
-        return max(self._all(calls, self.config.update_timeout_s, "falling asleep").values(), default=0.0)
+        slept = self._all(calls, self.config.update_timeout_s, "falling asleep", dead="passed over")
+        return max(slept.values(), default=0.0)
 
     def wake(self, weights_only: bool = False) -> float:
-        """All engines take their devices again; see ``RolloutEngine.wake``. Returns the slowest one's seconds."""
+        """All engines take their devices again; see ``RolloutEngine.wake``. Returns the slowest one's seconds.
+
+        As in :meth:`sleep`, one that has died is for its next caller to find.
+        """
         calls = {i: self.handles[i].wake.remote(weights_only) for i in self.indices()}
-        return max(self._all(calls, self.config.update_timeout_s, "waking up").values(), default=0.0)
+        woke = self._all(calls, self.config.update_timeout_s, "waking up", dead="passed over")
+        return max(woke.values(), default=0.0)
 
     def abort(self, sample_ids: Sequence[str]) -> int:
         """End samples now, wherever they run; returns how many did."""
@@ -313,8 +321,14 @@ class EnginePool:
 
     # ------------------------------------------------------------------ waiting
 
-    def _all(self, calls: dict[int, ray.ObjectRef], limit_s: float, what: str) -> dict[int, Any]:
-        """Results of one call per engine, within one limit for all."""
+    def _all(
+        self,
+        calls: dict[int, ray.ObjectRef],
+        limit_s: float,
+        what: str,
+        dead: Literal["raise", "passed over"] = "raise",
+    ) -> dict[int, Any]:
+        """Results of one call per engine, within one limit for all; dead engines have none where they may be."""
         deadline = time.monotonic() + limit_s
         # What fails first is reported first: a dead engine must not hide behind a slow one.
         pending = {call: engine for engine, call in calls.items()}
@@ -330,7 +344,10 @@ class EnginePool:
             except ray.exceptions.GetTimeoutError as error:
                 raise EngineTimeout(f"engine {engine}: waited {limit_s:g} s for {what}") from error
             except ray.exceptions.RayError as error:
-                raise _translated(error, engine, what) from error
+                translated = _translated(error, engine, what)
+                if not isinstance(translated, EngineDied) or dead == "raise":
+                    raise translated from error
+                _log.warning("%s", translated)
         return dict(sorted(results.items()))
 
 

@@ -419,19 +419,19 @@ class PassRunner:
             window = self._window(micro_batch)
             places = [(s, overlap(s, window)) for s in micro_batch.segments]
             rows = np.concatenate([np.arange(p[0], p[0] + p[1]) for _, p in places if p] or [np.zeros(0, np.int64)])
-            for layer in self.replay.moe_layers:
-                hashes = row_hashes(self.replay.consumed(key, layer)[: len(rows)], rows)
-                at = 0
-                for segment, place in places:
-                    if place is None:
-                        continue
+            layers = list(self.replay.moe_layers)
+            report.rows += len(layers) * len(rows)
+            if len(rows) and layers:
+                consumed = np.stack([self.replay.consumed(key, layer)[: len(rows)] for layer in layers], axis=1)
+                mine_here = [(segment, place[1]) for segment, place in places if place]
+                starts = np.cumsum([0, *(length for _, length in mine_here[:-1])])
+                sums = np.add.reduceat(row_hashes(consumed, rows), starts, axis=0)
+                for (segment, _), of_segment in zip(mine_here, sums, strict=True):
                     digest = report.digests.setdefault(
                         batch.samples[segment.sample].sample_id, np.zeros(total_layers, np.uint64)
                     )
                     with np.errstate(over="ignore"):
-                        digest[layer] += hashes[at : at + place[1]].sum(dtype=np.uint64)
-                    at += place[1]
-                report.rows += len(rows)
+                        digest[layers] += of_segment
             report.differing += sum(self.replay.finish(key).values())
         return report
 

@@ -156,6 +156,7 @@ def test_death_of_an_engine_is_named(pool: EnginePool) -> None:
         list(groups)
     with pytest.raises(EngineDied, match="engine 0 died while we waited for its health"):
         pool.health()
+    assert pool.sleep() == pool.wake() == 0.0  # it holds nothing that would have to be freed
     # What was delivered before keeps its routes; with no engine left, who trains cuts them.
     fetch = RoutesOfEngines(30)
     fetch.engines = pool.handles
