@@ -12,8 +12,9 @@ response's end is neither rewarded nor learnt from. On CPUs it is the smoke reci
 SmolLM2-135M's shape with 8 experts, 2 of them active, in each layer (random weights unless ``--model`` says which:
 ``python -c "from rl.models import upcycle; upcycle.smollm2('DIRECTORY')"`` makes the real one).
 
-- ``step``: median seconds of a step without the first ones; ``generate`` and ``train``: seconds in which engines and
-  trainer ranks were busy, weight updates included.
+- ``step``: mean seconds of a step, without the first ones, in which kernels are compiled, and, of asynchronous runs,
+  without the last ``staleness`` ones, in which nothing is left to generate; ``generate`` and ``train``: seconds of it
+  in which engines and trainer ranks were busy, weight updates included.
 - ``ideal``: max(generate, train) of the same run, what no overlap can beat. colocated and sync: their sum.
 - ``allowed``: (g + t) of colocated (else of sync) / max(g', t') of the mode; ``speed-up``: the measured one. On GPUs
   the bar is a speed-up of one-step of at least 0.9 of what is allowed.
@@ -60,7 +61,7 @@ STREAM: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Row:
-    """One mode; times in seconds, medians over steps."""
+    """One mode; times in seconds, means over steps but for the first and those that only end the run."""
 
     mode: str
     steps: int
@@ -156,14 +157,13 @@ def steps_of(mode: str, directory: Path) -> list[dict[str, float]]:
 
 def read(mode: str, directory: Path) -> Row:
     every = steps_of(mode, directory)
-    kept = every[SKIPPED:]
+    ahead = STREAM[mode].get("staleness", 0)
+    kept = every[SKIPPED : len(every) - ahead] or every[SKIPPED:]
 
-    def median(values: Sequence[float]) -> float:
-        return statistics.median(values)
-
-    step = median([m["perf/step_time"] for m in kept])
-    generate = median([m["perf/step_time"] * (1 - m["stream/engine_idle_fraction"]) for m in kept])
-    trained = median([m["perf/step_time"] * (1 - m["stream/trainer_idle_fraction"]) for m in kept])
+    # Means: steps of an asynchronous run alternate, where a long one makes up for what the next finds done.
+    step = statistics.fmean(m["perf/step_time"] for m in kept)
+    generate = statistics.fmean(m["perf/step_time"] * (1 - m["stream/engine_idle_fraction"]) for m in kept)
+    trained = statistics.fmean(m["perf/step_time"] * (1 - m["stream/trainer_idle_fraction"]) for m in kept)
     overlapped = mode not in ("sync", "colocated")
     third = max(1, len(every) // 3)
     memory = {k.rsplit("/", 1)[1]: v for k, v in every[-1].items() if k.startswith("perf/memory_gib")}
@@ -174,9 +174,9 @@ def read(mode: str, directory: Path) -> Row:
         generate_s=generate,
         train_s=trained,
         ideal_s=max(generate, trained) if overlapped else generate + trained,
-        engine_idle=median([m["stream/engine_idle_fraction"] for m in kept]),
-        trainer_idle=median([m["stream/trainer_idle_fraction"] for m in kept]),
-        transfer_s=median([m["perf/time/transfer"] for m in kept]),
+        engine_idle=1 - generate / step,
+        trainer_idle=1 - trained / step,
+        transfer_s=statistics.fmean(m["perf/time/transfer"] for m in kept),
         reward_first=statistics.fmean(m["rollout/reward/mean"] for m in every[:third]),
         reward_last=statistics.fmean(m["rollout/reward/mean"] for m in every[-third:]),
         memory_gib=memory,

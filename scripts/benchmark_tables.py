@@ -288,6 +288,14 @@ PAGES = (
         fused,
     ),
     Shown(
+        "Fused schedules, executed on GPUs",
+        "fused-gpu.json",
+        "scripts/bench_fused.py --gpu",
+        "Stages of two layers wait for the host here, which is uneven: `half` took 16% longer than predicted, bar "
+        "10%. Cut off by a time limit after two of four cases.",
+        fused,
+    ),
+    Shown(
         "Streaming, simulated",
         "stream-cpu.json",
         "scripts/bench_stream.py",
@@ -307,6 +315,14 @@ PAGES = (
         "stream-real-gpu.json",
         "scripts/bench_stream_real.py --gpus 2",
         "A step is short of generation here: training is the longer side, so overlapping cannot win (allowed < 1).",
+        loop,
+    ),
+    Shown(
+        "The loop on GPUs, one step ahead",
+        "stream-real-gpu-4.json",
+        "scripts/bench_stream_real.py --gpus 4 --direct --modes one-step-continue colocated --longest 512 --median 96",
+        "SmolLM2-135M upcycled to 8 experts. One step ahead, two GPUs generate and two train, weights by NCCL; "
+        "colocated, all four take turns, weights by CUDA IPC. Cut off by a time limit: means over two steps.",
         loop,
     ),
     Shown(

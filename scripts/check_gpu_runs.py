@@ -77,7 +77,7 @@ class Row:
     seconds: float
     loss: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)
-    difference: float = math.nan
+    difference: float | None = None
     path: str = ""
     error: str = ""
 
@@ -229,7 +229,7 @@ class Running:
             row.loss = [m["train/loss"] for m in steps if "train/loss" in m]
             row.grad_norm = [m["train/grad_norm"] for m in steps if "train/grad_norm" in m]
             differences = [m["train/rollout_logprob_abs_diff"] for m in steps if "train/rollout_logprob_abs_diff" in m]
-            row.difference = max(differences, default=math.nan)
+            row.difference = max(differences, default=None)
             row.path = transfer_path(run)
             lacking = [name for name in self.case.metrics if not any(name in m for m in steps)]
             lines = len(Ledger.read(run).records)
@@ -245,8 +245,8 @@ class Running:
                 error = "a loss or gradient that is not finite"
             if not error and not max(norms, default=0.0) > 0:
                 error = "no gradient"
-            if not error and not row.difference < BAR:
-                error = f"log-probs differ by {row.difference:.3g}"
+            if not error and not (row.difference is not None and row.difference < BAR):
+                error = f"log-probs differ by {row.difference}"
             row.error = error
         if row.error:
             text = (self.directory / "output.txt").read_text(errors="replace").strip().splitlines()
@@ -298,9 +298,10 @@ def line(row: Row) -> str:
     def numbers(values: Sequence[float]) -> str:
         return " ".join(f"{value:.3g}" for value in values)
 
+    difference = "" if row.difference is None else f"{row.difference:.2g}"
     return (
         f"| {row.case} | {row.gpus} | {'yes' if row.passed else 'NO'} | {row.seconds:.0f} | {numbers(row.loss)} "
-        f"| {numbers(row.grad_norm)} | {row.difference:.2g} | {row.path} | {row.error} |"
+        f"| {numbers(row.grad_norm)} | {difference} | {row.path} | {row.error} |"
     )
 
 

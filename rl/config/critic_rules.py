@@ -39,12 +39,6 @@ def critic(config: RunConfig) -> Iterator[Violation]:
             "it or raise run.steps.",
             ("run.steps",),
         )
-    if section is not None and config.trainer.backend == "nccl" and not config.allow_untested:
-        yield Violation(
-            "critic",
-            "a critic is not tested on GPUs; set allow_untested: true, or trainer.backend: gloo.",
-            ("trainer.backend",),
-        )
     field = "critic.parallel" if section is not None and section.parallel is not None else "trainer.parallel"
     if section is not None and config.layouts[field].vpp > 1:
         yield Violation(

@@ -41,11 +41,6 @@ def fused_partner(config: RunConfig) -> Partner:
             None, "virtual pipeline stages have a schedule of their own; set trainer.parallel.vpp to 1",
             ("trainer.parallel.vpp",),
         )  # fmt: skip
-    if config.trainer.backend == "nccl" and not config.allow_untested:
-        return Partner(
-            None, "fused pipelines have not run on GPUs yet; allow_untested: true tries it",
-            ("trainer.backend", "allow_untested"),
-        )  # fmt: skip
     if config.stream.pipelining:
         return Partner(
             None, "with stream.pipelining groups train as they arrive, in chunks too small to fuse",

@@ -35,14 +35,6 @@ def _tail(config: RunConfig) -> Iterator[Violation]:
             "critic or reward model; set it to false, or algorithm.old_logprobs: recompute.",
             ("algorithm.old_logprobs", "algorithm.kl.coef"),
         )
-    moves = stream.colocated or tail.threshold != "auto"
-    if config.rollout.device == "cuda" and moves and not config.allow_untested:
-        yield Violation(
-            "fuse.tail.enabled",
-            "samples have not been moved between engines on GPUs in a run yet; set it to false (or, with trainer ranks "
-            "on GPUs of their own, threshold: auto, which moves none), or allow_untested: true.",
-            ("rollout.device", "fuse.tail.threshold", "stream.colocated"),
-        )
     if not stream.colocated:
         return
     if config.rollout.engines < 2:

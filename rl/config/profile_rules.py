@@ -33,10 +33,10 @@ def profile(config: RunConfig) -> Iterator[Violation]:
             "lower them.",
             ("run.steps",),
         )
-    if config.trainer.backend == "nccl" and not config.allow_untested:
+    if section.tool == "nsys" and config.trainer.backend == "nccl" and not config.allow_untested:
         yield Violation(
-            "profile.steps",
-            "profiling is not tested on GPUs; set allow_untested: true, or remove the section.",
+            "profile.tool",
+            "nsys is not tested; set it to torch, or allow_untested: true.",
             ("trainer.backend",),
         )
     ranks = section.ranks

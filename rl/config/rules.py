@@ -19,7 +19,7 @@ from rl.config.stream_rules import stream
 from rl.config.trainer import OptimizerSection
 from rl.config.violations import Rule, Violation
 
-_ENGINE_RANKS_TESTED = {"cpu": 2, "cuda": 1}
+_ENGINE_RANKS_TESTED = {"cpu": 2, "cuda": 2}
 RECOMPUTE_MODULES = ("core_attn", "moe_act", "layernorm", "mlp", "moe", "shared_experts")
 
 

@@ -228,9 +228,10 @@ class StreamSection(Section):
     )
     transfer: Literal["auto", "store", "nccl", "gloo", "ipc"] = Field(
         "auto",
-        description="How weights travel: by Ray's object store (`auto` and `store`); or, by choice, directly from "
-        "trainer ranks to engines: `nccl` between GPUs, `gloo` between CPUs, `ipc` for colocated engines, each reading "
-        "memory of the trainer rank beside it. Engines that start later take a copy from the object store.",
+        description="How weights travel: by Ray's object store (`store`), or directly from trainer ranks to engines: "
+        "`nccl` between GPUs, `gloo` between CPUs, `ipc` for colocated engines, each reading memory of the rank "
+        "beside it. `auto`: between GPUs directly wherever that can be, else the store. Engines that start later take "
+        "a copy from the store.",
     )
     max_restarts: int = Field(3, ge=0, description="Engines that may die and be replaced during a run.")
     colocated: bool = Field(
@@ -371,7 +372,15 @@ class RunConfig(Section):
     @property
     def transfer_path(self) -> Literal["store", "nccl", "gloo", "ipc"]:
         """How weights travel to engines."""
-        return "store" if self.stream.transfer == "auto" else self.stream.transfer
+        stream = self.stream
+        if stream.transfer != "auto":
+            return stream.transfer
+        if self.rollout.device != "cuda" or self.trainer.backend != "nccl" or stream.elastic.max_engines is not None:
+            return "store"
+        if stream.colocated:
+            beside = self.trainer.ranks == self.rollout.engines and self.rollout.tensor_parallel == 1
+            return "ipc" if beside else "store"
+        return "store" if stream.staleness and stream.in_flight == "finish" else "nccl"
 
     @property
     def layouts(self) -> dict[str, ParallelSection]:

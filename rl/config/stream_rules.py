@@ -111,13 +111,6 @@ def transfer(config: RunConfig) -> Iterator[Violation]:
             f"{what}, which this run is not; use store.",
             ("stream.colocated", "rollout.device", "trainer.backend", "rollout.engines", "trainer.ranks"),
         )
-    elif any(gpus) and not config.allow_untested:
-        yield Violation(
-            "stream.transfer",
-            f"{path} has not carried weights in a run on GPUs yet, and its bits are not verified; use store, or "
-            "allow_untested: true.",
-            ("rollout.device", "trainer.backend"),
-        )
     if stream.staleness and stream.in_flight == "finish":
         yield Violation(
             "stream.transfer",

@@ -36,7 +36,7 @@ from rl.transfer.links import Limits, Membership, Rendezvous, TransferError, sou
 from rl.transfer.plan import TransferPlan, plan_transfer
 from rl.transfer.receiver import Incoming, receiver_names
 from rl.transfer.sender import SendReport
-from rl.transfer.turns import Turn, staging_bytes, turns_of
+from rl.transfer.turns import GPU_BUCKET_BYTES, Turn, staging_bytes, turns_of
 
 if TYPE_CHECKING:
     from rl.orchestration.setup import Run
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _BUCKET_BYTES = 64 * 2**20
-_STAGED_BYTES = 256 * 2**20  # between GPUs, where 64 MiB leave a third of the link unused
 
 
 class WeightTransfer:
@@ -72,7 +71,7 @@ class WeightTransfer:
         self._zero_copy = self.path == "ipc" and config.trainer.ranks == 1 and config.trainer.backend == "nccl"
         self._staged = self.path == "ipc" and not self._zero_copy
         self._backend = config.trainer.backend
-        self._bucket_bytes = _STAGED_BYTES if self._staged and self._backend == "nccl" else _BUCKET_BYTES
+        self._bucket_bytes = GPU_BUCKET_BYTES if self._staged and self._backend == "nccl" else _BUCKET_BYTES
         meets = self.path != "store" and not self._zero_copy
         self._rendezvous = Rendezvous(ray.util.get_node_ip_address()) if meets else None
         self._plan: TransferPlan | None = None

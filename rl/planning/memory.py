@@ -206,6 +206,7 @@ def trainer_memory(
     balancing: Balancing | None = None,
     replayed_rows: int = 0,
     asleep: bool = False,
+    staging: int = 0,
 ) -> tuple[Memory, ...]:
     """Memory of a rank of each of the first model's pipeline stages.
 
@@ -218,6 +219,7 @@ def trainer_memory(
         balancing: of experts; None: none.
         replayed_rows: rows of a mini-batch on a data-parallel rank whose routes are replayed.
         asleep: an engine sleeps on the same GPU.
+        staging: bytes through which it takes weights.
     """
     actor = models[0]
     found = []
@@ -248,14 +250,16 @@ def trainer_memory(
         ]
         if asleep:
             parts.append(Part("engine asleep", constants.ASLEEP_BYTES, "on the same GPU"))
+        if staging:
+            parts.append(Part("staging", staging, "weights on their way to the engine beside it"))
         found.append(Memory(f"trainer rank, stage {stage}", tuple(parts)))
     return tuple(found)
 
 
-def residue_bytes(model: ModelOnRanks, ranks: int, balancing: Balancing | None) -> int:
-    """What an offloaded trainer rank leaves on its GPU."""
+def residue_bytes(model: ModelOnRanks, ranks: int, balancing: Balancing | None, staging: int = 0) -> int:
+    """What an offloaded trainer rank leaves on its GPU; arguments as in :func:`trainer_memory`."""
     slots = slot_bytes(model, balancing) if balancing is not None and model.arch.is_moe else 0
-    return constants.CONTEXT_BYTES + _libraries(model.parallel, ranks) + slots
+    return constants.CONTEXT_BYTES + _libraries(model.parallel, ranks) + slots + staging
 
 
 def engine_memory(
@@ -284,7 +288,7 @@ def engine_memory(
         Part("engine", constants.ENGINE_WORKSPACE_BYTES, "context, workspaces, activations of a step"),
     ]
     if trainer_residue:
-        parts.append(Part("trainer offloaded", trainer_residue, "on the same GPU: context, communicators, slots"))
+        parts.append(Part("trainer offloaded", trainer_residue, "on the same GPU: context, libraries, slots, staging"))
     return Memory("engine GPU", tuple(parts))
 
 

@@ -29,6 +29,7 @@ from rl.planning.memory import (
 )
 from rl.planning.parameters import active_parameters, total_parameters
 from rl.planning.times import Batch, Phase, Training
+from rl.transfer.turns import DEPTH, GPU_BUCKET_BYTES
 
 WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -166,6 +167,7 @@ def make_plan(config: RunConfig, arch: Architecture | None = None, *, with_times
         balancing=balancing,
         replayed_rows=per_rank * batch.length if replayed else 0,
         asleep=config.stream.colocated,
+        staging=_staging(config),
     )
     engine = _engine(config, arch, models[0], balancing)
     phases = _phases(config, models, cluster, trainer) if on_gpus and with_times else ()
@@ -279,9 +281,17 @@ def _batch(config: RunConfig) -> Batch:
     )
 
 
+def _staging(config: RunConfig) -> int:
+    """Bytes through which a rank's weights pass to the engine beside it; one rank shares them where they are."""
+    staged = config.transfer_path == "ipc" and config.trainer.ranks > 1
+    return DEPTH * GPU_BUCKET_BYTES if staged else 0
+
+
 def _engine(config: RunConfig, arch: Architecture, actor: ModelOnRanks, balancing: Balancing | None) -> Memory:
     rollout = config.rollout
-    residue = residue_bytes(actor, config.trainer.ranks, balancing) if config.stream.colocated else 0
+    residue = 0
+    if config.stream.colocated:
+        residue = residue_bytes(actor, config.trainer.ranks, balancing, _staging(config))
     return engine_memory(
         arch,
         width=WIDTH[config.engine_dtype],

@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from rl.transfer.plan import ALIGNMENT, TransferPlan
 
 Key = tuple[int, int, int]
+GPU_BUCKET_BYTES = 256 * 2**20
+"""Between GPUs; 64 MiB leave a third of the link unused."""
+DEPTH = 3  # buckets in staging memory
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def turns_of(plan: TransferPlan, keys: Mapping[str, Key]) -> tuple[Turn, ...]:
     return tuple(sorted(turns, key=lambda turn: (turn.after, turn.source, turn.index)))
 
 
-def staging_bytes(plan: TransferPlan, depth: int = 3) -> int:
+def staging_bytes(plan: TransferPlan, depth: int = DEPTH) -> int:
     """Room for ``depth`` full buckets, and for the largest one: of a tensor that is larger than a bucket."""
     largest = max(bucket.nbytes for buckets in plan.buckets for bucket in buckets)
     return _aligned(max(largest, depth * _aligned(min(largest, plan.bucket_bytes))))

@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl.transfer import choose_path
 from rl.transfer.plan import ALIGNMENT, Holding, TensorSpec, choose_leaders, make_plan, plan_transfer
 
 
@@ -86,11 +85,3 @@ def test_what_cannot_be_planned_is_refused():
     other = [Holding((0, 0, 0), (spec("p0", 9),), 0)]
     with pytest.raises(ValueError, match="the same model with the same dtype"):
         choose_leaders([announced()[0], other])
-
-
-def test_paths():
-    assert choose_path(True, "cuda") == "ipc"
-    assert choose_path(False, "cuda") == "nccl"
-    assert choose_path(True, "cpu") == choose_path(False, "cpu") == "store"
-    with pytest.raises(ValueError, match="'tpu'"):
-        choose_path(False, "tpu")
