@@ -115,6 +115,13 @@ def cases() -> list[Case]:
         _family("qwen3_moe", 2, layers=2, head_dim=64),
         _family("glm4_moe", 2, **glm),
         _family("deepseek_v3", 2, **deepseek),
+        Case(
+            "overlapped, fused kernels",
+            2,
+            PAIR
+            | {"trainer__parallel": {"ep": 2}, "balance": BALANCED, "trainer__overlap": True}
+            | {"trainer__fuse_gradients": True, "trainer__permute_fusion": True},
+        ),
         Case("ipc, staged", 2, PAIR | {"trainer__parallel": {"ep": 2}, "stream__transfer": "ipc"}),
         Case("nccl", 2, APART | {"stream__transfer": "nccl"}),
         Case(

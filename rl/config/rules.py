@@ -121,6 +121,25 @@ def _layout(config: RunConfig) -> Iterator[Violation]:
             )
 
 
+def _kernels(config: RunConfig) -> Iterator[Violation]:
+    trainer = config.trainer
+    for name in ("fuse_gradients", "permute_fusion"):
+        if getattr(trainer, name) and trainer.backend != "nccl":
+            yield Violation(
+                f"trainer.{name}",
+                f"Transformer Engine's kernels need GPUs (trainer.backend: nccl), came {trainer.backend}; set it to "
+                "false.",
+                ("trainer.backend",),
+            )
+    if trainer.overlap and config.stream.pipelining:
+        yield Violation(
+            "trainer.overlap",
+            "with stream.pipelining a set's gradients are reduced once, after its last chunk, and not during a "
+            "backward; set one of them to false.",
+            ("stream.pipelining",),
+        )
+
+
 def _sequence_parallel(config: RunConfig) -> Iterator[Violation]:
     parallel = config.trainer.parallel
     if parallel.tp > 1 and not config.trainer.sequence_parallel:
@@ -388,6 +407,7 @@ RULES: tuple[Rule, ...] = (
     _sampling,
     _lengths,
     _layout,
+    _kernels,
     _sequence_parallel,
     _balance,
     _ahead,

@@ -48,6 +48,18 @@ class TrainerSection(Section):
     parallel: ParallelSection = Field(default_factory=ParallelSection, description="Megatron layout.")
     sequence_parallel: bool = Field(False, description="Megatron's sequence parallelism; must be true when tp > 1.")
     distributed_optimizer: bool = Field(True, description="Shard optimizer states over data-parallel ranks.")
+    overlap: bool = Field(
+        False,
+        description="Reduce gradients while backward runs, and gather the distributed optimizer's parameters while "
+        "forward runs.",
+    )
+    fuse_gradients: bool = Field(
+        False,
+        description="Transformer Engine's kernels add weight gradients to the float32 buffers themselves (GPUs only).",
+    )
+    permute_fusion: bool = Field(
+        False, description="Transformer Engine's kernels permute tokens to experts and back (GPUs only)."
+    )
     recompute: Literal["none", "full", "selective"] = Field("none", description="Activation recomputation.")
     recompute_modules: Texts = Field((), description="Modules recomputed when `recompute: selective`.")
     tokens_per_micro_batch: int = Field(8192, ge=1, description="Token budget of a packed micro-batch on one rank.")

@@ -132,6 +132,9 @@ def trainer_spec(config: RunConfig, iterations: int) -> TrainerSpec:
         optimizer=_optimizer_spec(t.optimizer, max(1, steps - alone * per_iteration)),
         reference=config.keeps_reference,
         seed=config.run.seed,
+        overlap=t.overlap,
+        fuse_gradients=t.fuse_gradients,
+        permute_fusion=t.permute_fusion,
         collective_s=config.run.limits.collective_s,
         balance=(
             config.balance.settings(config.output_dir, allow_untested=config.allow_untested)

@@ -447,6 +447,9 @@ BROKEN = [
     ([("stream.transfer", "nccl")], "stream.transfer", "between GPUs"),
     ([("profile", {"steps": [2], "tool": "nsys"}), ("trainer.backend", "nccl")], "profile.tool", "nsys is not tested"),
     ([("stream", {"transfer": "ipc"})], "stream.transfer", "each beside its own"),
+    ([("trainer.fuse_gradients", True)], "trainer.fuse_gradients", "need GPUs"),
+    ([("trainer.permute_fusion", True)], "trainer.permute_fusion", "need GPUs"),
+    ([("trainer.overlap", True), ("stream.pipelining", True)], "trainer.overlap", "reduced once"),
     (
         [("stream", {"transfer": "ipc", "colocated": True}), ("trainer.ranks", 2), ("rollout.engines", 3)],
         "stream.transfer",
@@ -567,6 +570,7 @@ VALID = [
     ],
     [("stream.transfer", "nccl"), ("rollout.device", "cuda"), ("trainer.backend", "nccl")],
     [("profile", {"steps": [2]}), ("trainer.backend", "nccl")],
+    [("trainer", {"backend": "nccl", "overlap": True, "fuse_gradients": True, "permute_fusion": True})],
     [*PPO, ("trainer.backend", "nccl")],
     [("data.eval", {"reasoning_gym": "leg_counting", "size": 50, "seed": 0})],
     [("warmup", {"steps": 10, "batch_size": 10, "examples_seed": 900})],
