@@ -62,11 +62,18 @@ def cases(nodes: int, names: str) -> list[Case]:
 
 
 def sizes(given: argparse.Namespace) -> Options:
-    """Of the models, by where they run."""
+    """Of the models, by where they run.
+
+    On GPUs a stage computes for longer than its host takes to launch it (7 ms a layer's forward on the hosts of
+    H200s), as in the models that pipelines are for; on 80 GB there is room for half the tokens.
+    """
     if given.gpu:
-        o = Options(2048, 1024, 16, 4, 32768, 4096, given.ep, "bfloat16", given.repetitions, 3, given.solve_seconds)
+        rows = 16384 if _memory_gib() > 100 else 8192
+        repetitions = given.repetitions or 5
+        o = Options(4096, 2048, 16, 8, 32768, rows, given.ep, "bfloat16", repetitions, 2, given.solve_seconds)
     else:
-        o = Options(64, 64, 4, 2, 512, 96, given.ep, "float32", given.repetitions, 2, given.solve_seconds)
+        repetitions = given.repetitions or 11
+        o = Options(64, 64, 4, 2, 512, 96, given.ep, "float32", repetitions, 2, given.solve_seconds)
     changes = {"hidden": given.hidden, "rows": given.rows, "sleep_ms": given.sleep}
     return o.__class__(**(o.__dict__ | {k: v for k, v in changes.items() if v is not None}))
 
@@ -95,7 +102,7 @@ def main(arguments: list[str] | None = None, pools: Any = None) -> int:
     parser.add_argument("--hidden", type=int, metavar="N")
     parser.add_argument("--rows", type=int, metavar="N", help="tokens of a micro-batch")
     parser.add_argument("--sleep", type=float, metavar="MS", help="emulation: stages sleep MS per layer and forward")
-    parser.add_argument("--repetitions", type=int, default=11, metavar="N")
+    parser.add_argument("--repetitions", type=int, metavar="N", help="11; on GPUs 5")
     parser.add_argument("--solve-seconds", type=float, default=10.0, metavar="S", help="of the search, for each case")
     parser.add_argument("--json", metavar="FILE", help="write hardware, versions, settings and rows there")
     parser.add_argument("--bars", action="store_true", help="exit with 1 when a bar is missed")
@@ -155,6 +162,12 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _memory_gib() -> float:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / 2**30
 
 
 def _pools(gpu: bool) -> Any:
