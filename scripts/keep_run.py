@@ -114,22 +114,26 @@ def agreement(metrics: Metrics) -> list[str]:
 def phases(metrics: Metrics, without: Metrics | None) -> list[str]:
     names = sorted({name for values in metrics.values() for name in values if name.startswith("perf/time/")})
     lines = ["| phase | seconds | without balancing |", "|---|---|---|"]
-    for name in [*names, "perf/step_time", "perf/tokens_per_second"]:
+    for name in [*names, "perf/step_time"]:
         values = median(metrics, name), median(without, name) if without else None
         label = name.removeprefix("perf/time/").removeprefix("perf/")
         lines.append(f"| {label} | {shown(values[0], ',.3f')} | {shown(values[1], ',.3f')} |")
-    lines += ["", f"Medians, without the first {SKIPPED} steps."]
+    rates = [shown(median(m, "perf/tokens_per_second"), ",.0f") for m in (metrics, without) if m]
+    lines += ["", f"Medians, without the first {SKIPPED} steps; phases of several sides run at the same time."]
+    lines += [f"Tokens per second, prompts included: {', without balancing '.join(rates)}."]
     return lines
 
 
 def imbalance(metrics: Metrics, without: Metrics | None) -> list[str]:
-    names = sorted({name for values in metrics.values() for name in values if name.startswith("moe/")})
+    every = {name for values in metrics.values() for name in values if name.startswith("moe/")}
+    names = sorted(name for name in every if "/layer_" not in name and not name.startswith("moe/skipped/"))
     lines = ["| metric | median | without balancing |", "|---|---|---|"]
     for name in names:
         lines.append(
             f"| `{name}` | {shown(median(metrics, name), ',.4g')} "
             f"| {shown(median(without, name) if without else None, ',.4g')} |"
         )
+    lines += ["", "Every layer's figures are in metrics.jsonl and in the report."]
     return lines
 
 
