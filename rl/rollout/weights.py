@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rl.rollout import compat
+from rl.rollout.expert_stacks import ExpertStacks
 from rl.rollout.ranks import answered, call_ranks, end_with_engine, shared_memory_names, unlink_once
 
 if TYPE_CHECKING:  # they import torch, which who only checks manifests does without
@@ -265,7 +266,7 @@ class WeightUpdateExtension:
     vllm_config: Any
     rank: int
     _ultraep_receiver: Receiver | StagedReceiver | None = None
-    _ultraep_update: tuple[ExitStack, Any, Announced] | None = None
+    _ultraep_update: tuple[ExitStack, Any, Announced, ExpertStacks] | None = None
     _ultraep_window: Any = None
 
     @answered
@@ -314,20 +315,20 @@ class WeightUpdateExtension:
         """Make every layer ready to be loaded."""
         stack = ExitStack()
         load = stack.enter_context(compat.layerwise_reload(self.model_runner.model, self.vllm_config))
-        self._ultraep_update = stack, load, Announced(manifest)
+        self._ultraep_update = stack, load, Announced(manifest), ExpertStacks(manifest)
 
     @answered
     def ultraep_load(self, chunk: Any) -> None:
         """Load a chunk from :func:`here`; each layer becomes ready to compute with its last tensor."""
         assert self._ultraep_update is not None
-        _, load, announced = self._ultraep_update
-        load(announced.checked(_pairs(chunk, self._ultraep_receiver)))
+        _, load, announced, stacks = self._ultraep_update
+        load(stacks.feed(announced.checked(_pairs(chunk, self._ultraep_receiver))))
 
     @answered
     def ultraep_end_update(self, whole: bool) -> None:
         """End the update; ``whole``: all chunks were loaded, so every announced tensor must have come."""
         assert self._ultraep_update is not None
-        (stack, _, announced), self._ultraep_update = self._ultraep_update, None
+        (stack, _, announced, _), self._ultraep_update = self._ultraep_update, None
         with stack:
             if whole:
                 announced.all_came()
