@@ -80,6 +80,7 @@ class Row:
     difference: float | None = None
     path: str = ""
     error: str = ""
+    of_others: bool = False
 
 
 def _family(name: str, gpus: int = 1, **args: Any) -> Case:
@@ -258,6 +259,7 @@ class Running:
         if row.error:
             text = (self.directory / "output.txt").read_text(errors="replace").strip().splitlines()
             row.error += ": " + " | ".join(line[:200] for line in text[-3:])
+            row.of_others = any(OF_OTHERS in line for line in text)
 
 
 def transfer_path(run: Path) -> str:
@@ -290,7 +292,7 @@ def run_all(wanted: Sequence[Case], gpus: int, at_once: int, limit_s: float, kee
             row = one.ended(limit_s)
             if row is not None:
                 running.remove(one)
-                if OF_OTHERS in row.error and tries[row.case] < TRIES:
+                if row.of_others and tries[row.case] < TRIES:
                     waiting.append(one.case)
                     continue
                 rows.append(row)
@@ -359,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"\n{len(rows) - len(failed)} of {len(rows)} cases passed" + (f"; failed: {', '.join(failed)}" * bool(failed))
     )
-    return int(bool(failed))
+    return int(bool(failed) or not rows)
 
 
 if __name__ == "__main__":

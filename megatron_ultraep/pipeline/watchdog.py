@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
@@ -96,8 +97,10 @@ class DeviceWatchdog:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._device: int | None = None
 
     def __enter__(self) -> DeviceWatchdog:
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread = threading.Thread(target=self._watch, name="fused-watchdog", daemon=True)
         self._thread.start()
         return self
@@ -123,6 +126,8 @@ class DeviceWatchdog:
             self._entries[-1].end = end
 
     def _watch(self) -> None:
+        if self._device is not None:  # a thread begins on the first device, and asking an event there makes a context
+            torch.cuda.set_device(self._device)
         progress = time.monotonic()
         while not self._closed.wait(min(1.0, self._timeout / 20)):
             with self._lock:

@@ -3,7 +3,7 @@
 A bfloat16 logit of 20 is rounded by up to 0.06, in the engine and in the trainer each in its own way, and a log-prob
 with it: of a model that is sure of its tokens this is most of what rollout's and training's log-probs differ by. The
 weights stay 16-bit, the matrix product runs at its usual speed, and only what comes out is wider. Megatron hands
-logits of 16-bit models over in float32 anyway, so training takes no more memory than before.
+logits of 16-bit models over in float32 anyway; with sequence parallelism the layer's whole input is kept for backward.
 
 Source:
     MiniMax-M1 (arXiv:2506.13585, section 3.2) traces the difference to the output head and computes it in float32.

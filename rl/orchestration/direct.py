@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rl.rollout.config import Sampling
@@ -60,7 +60,7 @@ class Direct:
 
 
 class OnDemand:
-    """A copy that is made when the first engine asks for it; the others get the same one. Any thread.
+    """A copy that is made when the first engine asks for it; the others get the same one, unless it failed. Any thread.
 
     Args:
         make: begins to make it.
@@ -72,7 +72,8 @@ class OnDemand:
 
     def __call__(self) -> Future[Weights]:
         with self._lock:
-            if self._copy is None:
+            failed = self._copy is not None and self._copy.done() and self._copy.exception() is not None
+            if self._copy is None or failed:
                 self._copy = self._make()
             return self._copy
 
@@ -83,14 +84,22 @@ class DirectEngines:
     Args:
         pool: the engines.
         broken: told the generation and the reason when a member of a transfer fails or goes.
+        copy_s: longest time that a copy on demand may take, seconds: ranks make it after what they are doing.
 
     Attributes:
         fallbacks: updates of engines that came from the copy.
     """
 
-    def __init__(self, pool: Engines, broken: Callable[[int, str], None] = lambda generation, reason: None) -> None:
+    def __init__(
+        self,
+        pool: Engines,
+        broken: Callable[[int, str], None] = lambda generation, reason: None,
+        copy_s: float = 0.0,
+    ) -> None:
         self.pool, self.broken = pool, broken
         self.config, self.version = pool.config, pool.version
+        if copy_s:  # engines have their own limit from when they are given the copy
+            self.config = replace(pool.config, update_timeout_s=pool.config.update_timeout_s + copy_s)
         self.fallbacks = 0
         self._lock = threading.Lock()
         self._processes = dict.fromkeys(pool.indices(), 0)

@@ -93,9 +93,11 @@ class FusedMemory:
         self._steps += 1
         for name, stages in outcome.memory.items():
             before = self._found.get(name)
+            if before is not None and 2 * stages[0].rows < before[0].rows:
+                continue
             if before is None or self._steps == 2 or stages[0].rows > 2 * before[0].rows:
                 self._found[name] = stages
-            elif 2 * stages[0].rows >= before[0].rows:
+            else:
                 self._found[name] = tuple(most_of(pair) for pair in zip(before, stages, strict=True))
 
     def of_step(self, rows: Mapping[str, int], reports: Sequence[MemoryReport]) -> StepMemory | None:

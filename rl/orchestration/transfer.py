@@ -61,7 +61,8 @@ class WeightTransfer:
 
     def __init__(self, config: RunConfig, pool: EnginePool, trainer: Trainer, on_span: OnSpan) -> None:
         self.path: Path = config.transfer_path
-        self.engines = DirectEngines(pool, self._broken)
+        copy_s = 0.0 if self.path == "store" else trainer.limits.step_s
+        self.engines = DirectEngines(pool, self._broken, copy_s)
         self._pool, self._trainer, self._on_span = pool, trainer, on_span
         self._dtype = config.engine_dtype
         self._experts_move = config.balance.enabled and config.balance.reorder
@@ -164,9 +165,13 @@ class WeightTransfer:
         if self._plan is None or self._staged:
             return
         limit_s = self._limits.start_s
-        reports: list[SendReport | None] = self._ranks(
-            "transfer_finish", limit_s, limit_s=limit_s + self._limits.join_s
-        )
+        try:
+            reports: list[SendReport | None] = self._ranks(
+                "transfer_finish", limit_s, limit_s=limit_s + self._limits.join_s
+            )
+        except TransferError as error:  # engines have taken the copy; this version goes directly again
+            logger.warning("trainer ranks stopped sending weights: %s", error)
+            return
         for rank, report in enumerate(reports):
             if report is not None:
                 self._note_report(rank, report)

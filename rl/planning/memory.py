@@ -251,7 +251,7 @@ def trainer_memory(
         if asleep:
             parts.append(Part("engine asleep", constants.ASLEEP_BYTES, "on the same GPU"))
         if staging:
-            parts.append(Part("staging", staging, "weights on their way to the engine beside it"))
+            parts.append(Part("staging", staging, "weights on their way to engines"))
         found.append(Memory(f"trainer rank, stage {stage}", tuple(parts)))
     return tuple(found)
 

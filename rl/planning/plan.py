@@ -167,7 +167,7 @@ def make_plan(config: RunConfig, arch: Architecture | None = None, *, with_times
         balancing=balancing,
         replayed_rows=per_rank * batch.length if replayed else 0,
         asleep=config.stream.colocated,
-        staging=_staging(config),
+        staging=_staging(config, arch),
     )
     engine = _engine(config, arch, models[0], balancing)
     phases = _phases(config, models, cluster, trainer) if on_gpus and with_times else ()
@@ -281,8 +281,14 @@ def _batch(config: RunConfig) -> Batch:
     )
 
 
-def _staging(config: RunConfig) -> int:
-    """Bytes through which a rank's weights pass to the engine beside it; one rank shares them where they are."""
+def _staging(config: RunConfig, arch: Architecture) -> int:
+    """Bytes that weights take on a trainer rank on their way to engines.
+
+    By NCCL its share is copied, so that training may go on at once; beside engines buckets pass through a ring, and a
+    single rank shares its weights where they are.
+    """
+    if config.transfer_path == "nccl":
+        return total_parameters(arch) * WIDTH[config.engine_dtype] // config.trainer.ranks
     staged = config.transfer_path == "ipc" and config.trainer.ranks > 1
     return DEPTH * GPU_BUCKET_BYTES if staged else 0
 
@@ -291,7 +297,7 @@ def _engine(config: RunConfig, arch: Architecture, actor: ModelOnRanks, balancin
     rollout = config.rollout
     residue = 0
     if config.stream.colocated:
-        residue = residue_bytes(actor, config.trainer.ranks, balancing, _staging(config))
+        residue = residue_bytes(actor, config.trainer.ranks, balancing, _staging(config, arch))
     return engine_memory(
         arch,
         width=WIDTH[config.engine_dtype],

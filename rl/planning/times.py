@@ -179,9 +179,10 @@ def one_pass(
 def transfer(
     arch: Architecture, cluster: Cluster, *, path: str, engines: int, tensor_parallel: int, width: int
 ) -> Phase:
-    """New weights to all engines."""
+    """New weights to all engines; by ``ipc`` from trainer ranks on the engines' own GPUs."""
     size = total_parameters(arch) * width
-    link = cluster.gpu.nvlink_gbs if engines * tensor_parallel < cluster.gpus_per_node else cluster.network_gbs
+    gpus = engines * tensor_parallel + (path != "ipc")
+    link = cluster.gpu.nvlink_gbs if gpus <= cluster.gpus_per_node else cluster.network_gbs
     bound = size / tensor_parallel / (link * 1e9)
     if path in ("nccl", "ipc"):
         share = constants.NVLINK_EFFICIENCY if link == cluster.gpu.nvlink_gbs else constants.NETWORK_EFFICIENCY

@@ -146,6 +146,8 @@ class RolloutEngine:
 
         register()
         config = self.config
+        # Latent attention absorbs matrices into new ones after every load, which graphs would not see.
+        graphs = config.cuda_graphs and not model_files.has_latent_attention(Path(config.model_path))
         arguments: dict[str, Any] = {
             "model": config.model_path,
             "dtype": config.dtype,
@@ -154,7 +156,7 @@ class RolloutEngine:
             "kv_cache_memory_bytes": config.kv_cache_memory_bytes,
             "block_size": config.block_size,
             "tensor_parallel_size": config.tensor_parallel,
-            "enforce_eager": not config.cuda_graphs,
+            "enforce_eager": not graphs,
             "seed": config.seed,
             "enable_prefix_caching": True,
             # Steps must be settled when weights change between them.
@@ -169,7 +171,7 @@ class RolloutEngine:
         }
         if config.sleep_mode:
             arguments["enable_sleep_mode"] = True
-        if config.cuda_graphs:
+        if graphs:
             # Without the compiler, whose minute a change of the model's code costs again.
             arguments["compilation_config"] = {
                 "mode": 0,

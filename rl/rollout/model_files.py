@@ -14,6 +14,11 @@ def is_moe(model_path: Path) -> bool:
     return any((config.get(name) or 0) > 1 for name in names)
 
 
+def has_latent_attention(model_path: Path) -> bool:
+    """Whether keys and values come from a latent (DeepSeek's MLA)."""
+    return bool(json.loads((model_path / "config.json").read_text()).get("kv_lora_rank"))
+
+
 def end_tokens(model_path: Path) -> tuple[int, ...]:
     """The model's end-of-sequence ids: those of its generation config, else of its config."""
     for name in ("generation_config.json", "config.json"):

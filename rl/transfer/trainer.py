@@ -45,7 +45,9 @@ class ModelSender:
         self.sender = Sender(source_name(rank), torch.device(model.device))
         self._staged: StagedSender | None = None
         self._holdings: list[Holding] = []
-        self._thread = ThreadPoolExecutor(1, "weight-transfer")
+        # A thread's device is the first one until it says otherwise, and using it makes a context there.
+        on = (torch.cuda.set_device, (model.device,)) if torch.device(model.device).type == "cuda" else (None, ())
+        self._thread = ThreadPoolExecutor(1, "weight-transfer", *on)
         self._under_way: Future[SendReport | None] | None = None
 
     def announce(self, dtype: str) -> list[Holding]:
