@@ -257,7 +257,9 @@ class Running:
                 error = f"log-probs differ by {row.difference}"
             row.error = error
         if row.error:
-            text = (self.directory / "output.txt").read_text(errors="replace").strip().splitlines()
+            # Where files lie is this machine's business.
+            said = (self.directory / "output.txt").read_text(errors="replace").replace(f"{self.directory}/", "")
+            text = said.strip().splitlines()
             row.error += ": " + " | ".join(line[:200] for line in text[-3:])
             row.of_others = any(OF_OTHERS in line for line in text)
 
