@@ -43,4 +43,5 @@ def row_hashes(routes: npt.NDArray[np.integer], rows: npt.NDArray[np.integer] | 
 def layer_digests(routes: npt.NDArray[np.integer]) -> U64:
     """uint64 ``[moe_layers]``: the digest of each layer of one sample's ``[rows, moe_layers, topk]``."""
     # All layers at once: a few hundred short calls per sample would hold up the thread that steps the engine.
-    return row_hashes(routes).sum(axis=0, dtype=np.uint64)
+    digests: U64 = row_hashes(routes).sum(axis=0, dtype=np.uint64)
+    return digests
