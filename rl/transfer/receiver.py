@@ -11,6 +11,7 @@ layer is complete): tensors are views of buckets, and a bucket's memory lives as
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -46,7 +47,22 @@ class _Awaited:
     since: float
 
 
-class Receiver:
+class BucketReceiver(ABC):
+    """What takes a plan's buckets, however they come."""
+
+    @abstractmethod
+    def receive_buckets(self, plan: TransferPlan) -> Generator[list[tuple[str, torch.Tensor]], None, None]:
+        """All tensors of a plan, bucket by bucket."""
+
+    def receive(self, plan: TransferPlan) -> Iterator[tuple[str, torch.Tensor]]:
+        """``(name, tensor)`` of all tensors of a plan, see :meth:`receive_buckets`."""
+        # Closed with this generator, so that a caller that stops half-way is noticed at once.
+        with closing(self.receive_buckets(plan)) as buckets:
+            for pairs in buckets:
+                yield from pairs
+
+
+class Receiver(BucketReceiver):
     """One engine worker (one tensor-parallel rank of an engine).
 
     Args:
@@ -72,13 +88,6 @@ class Receiver:
         for link in self._links:
             link.close()
         self._links, self._board = [], None
-
-    def receive(self, plan: TransferPlan) -> Iterator[tuple[str, torch.Tensor]]:
-        """``(name, tensor)`` of all tensors of a plan, see :meth:`receive_buckets`."""
-        # Closed with this generator, so that a caller that stops half-way is noticed at once.
-        with closing(self.receive_buckets(plan)) as buckets:
-            for pairs in buckets:
-                yield from pairs
 
     def receive_buckets(self, plan: TransferPlan) -> Generator[list[tuple[str, torch.Tensor]], None, None]:
         """All tensors of a plan, bucket by bucket as they arrive; a collective of all members.

@@ -7,20 +7,20 @@ holds, and one more; never the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import closing
+from collections.abc import Generator
 
 import torch
 
 from rl.transfer.buffers import new_buffer, on_stream, views
 from rl.transfer.links import Board, Membership, TransferError, await_ready, say_ready, source_name
 from rl.transfer.plan import TransferPlan
+from rl.transfer.receiver import BucketReceiver
 from rl.transfer.staging import OpenedStaging, StagingHandles
 
 _RANK = 2.0  # of the limit of a bucket: the trainer rank waits for others, and must give up first, naming them
 
 
-class StagedReceiver:
+class StagedReceiver(BucketReceiver):
     """The only rank of an engine that shares its device with a trainer rank.
 
     Args:
@@ -54,12 +54,6 @@ class StagedReceiver:
         if self._staging is not None:
             self._staging.close()
         self._staging = self._board = self._membership = None
-
-    def receive(self, plan: TransferPlan) -> Iterator[tuple[str, torch.Tensor]]:
-        """``(name, tensor)`` of all tensors of a plan, see :meth:`receive_buckets`."""
-        with closing(self.receive_buckets(plan)) as buckets:
-            for pairs in buckets:
-                yield from pairs
 
     def receive_buckets(self, plan: TransferPlan) -> Generator[list[tuple[str, torch.Tensor]], None, None]:
         """All tensors of a plan, bucket by bucket; the caller may keep them.
