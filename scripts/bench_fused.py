@@ -18,7 +18,7 @@ predicted times; ``finish``, reducing gradients, not part of the other times.
 
 Cases: ``equal``, both models alike with few micro-batches; ``half``, a critic of half the layers in two replicas;
 ``reference``, a partner that only runs forward; ``many``, so many micro-batches that nodes are hardly ever idle: there
-is little to win, on 4 nodes 9%, and nothing when stages slow each other down.
+is little to win, on 4 nodes 9% (on GPUs, with half as many, 19%), and nothing when stages slow each other down.
 
 On CPUs more ranks than cores share them: stage times depend on what the other ranks do at the moment, so predictions
 are off and fusing wins little or nothing, because an idle rank's core is not idle. ``--sleep`` shows what the executor
@@ -45,14 +45,20 @@ from scripts.machine import hardware  # noqa: E402
 WITHIN = 0.10
 
 
-def cases(nodes: int, names: str) -> list[Case]:
-    """Those asked for; layers are two a node, so that a critic may have half of them."""
+def cases(nodes: int, names: str, many: int) -> list[Case]:
+    """Those asked for; layers are two a node, so that a critic may have half of them.
+
+    Args:
+        nodes: of the pipeline.
+        names: of cases, with commas; empty: all.
+        many: micro-batches a node of the case of that name.
+    """
     layers = 2 * nodes
     found = [
         Case("equal", (layers, layers), (nodes, nodes), (nodes, nodes)),
         Case("half", (layers, nodes), (nodes, max(1, nodes // 2)), (2 * nodes, nodes)),
         Case("reference", (layers, layers), (nodes, nodes), (nodes, nodes), forward_only=True),
-        Case("many", (layers, layers), (nodes, nodes), (8 * nodes, 8 * nodes)),
+        Case("many", (layers, layers), (nodes, nodes), (many * nodes, many * nodes)),
     ]
     wanted = names.split(",") if names else [case.name for case in found]
     unknown = set(wanted) - {case.name for case in found}
@@ -65,12 +71,13 @@ def sizes(given: argparse.Namespace) -> Options:
     """Of the models, by where they run.
 
     On GPUs a stage computes for longer than its host takes to launch it (7 ms a layer's forward on the hosts of
-    H200s), as in the models that pipelines are for; on 80 GB there is room for half the tokens.
+    H200s), as in the models that pipelines are for: few large experts, whose products take 15 ms; on 80 GB there is
+    room for two thirds of the tokens.
     """
     if given.gpu:
-        rows = 16384 if _memory_gib() > 100 else 8192
+        rows = 12288 if _memory_gib() > 100 else 8192
         repetitions = given.repetitions or 5
-        o = Options(4096, 2048, 16, 8, 32768, rows, given.ep, "bfloat16", repetitions, 2, given.solve_seconds)
+        o = Options(4096, 8192, 8, 2, 8192, rows, given.ep, "bfloat16", repetitions, 2, given.solve_seconds)
     else:
         repetitions = given.repetitions or 11
         o = Options(64, 64, 4, 2, 512, 96, given.ep, "float32", repetitions, 2, given.solve_seconds)
@@ -121,7 +128,7 @@ def main(arguments: list[str] | None = None, pools: Any = None) -> int:
     own, pools = pools is None, pools or _pools(given.gpu)
     rows: list[Row] = []
     try:
-        for case in cases(ranks // given.ep, given.cases):
+        for case in cases(ranks // given.ep, given.cases, many=4 if given.gpu else 8):
             found = pools(ranks).run(measure, case, options, timeout=900)[0]
             print(table(found), flush=True)
             rows += found

@@ -92,6 +92,22 @@ def layer_spec(
     )
 
 
+def separate_norms(spec: Any, *, moe: bool) -> None:
+    """Have the linear layers of a Transformer Engine layer's spec leave norms to the layer's own norm modules.
+
+    Latent attention keeps its norms of what it compresses, which are not on the residual stream.
+    """
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+    attention = spec.submodules.self_attention.submodules
+    if hasattr(attention, "linear_qkv"):
+        attention.linear_qkv = TEColumnParallelLinear
+    if not moe:
+        mlp = spec.submodules.mlp
+        submodules = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+        submodules.linear_fc1 = TEColumnParallelLinear
+
+
 def moe_layer(config: Any, groups: Any, *, transformer_engine: bool, layer_number: int = 1) -> Any:
     """A stock MoE layer alone, as a transformer layer would build it."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec

@@ -68,6 +68,11 @@ class ModelSection(Section):
         description="Logits of a bfloat16 model are added up and kept in float32, in engines and trainer; rounding is "
         "much of what their log-probs differ by.",
     )
+    float32_residual: bool = Field(
+        False,
+        description="The residual stream of a bfloat16 model stays in float32, in engines and trainer, which halves "
+        "what is left of that difference; costs memory (2 bytes per hidden unit, token and norm) and time.",
+    )
 
 
 class ForcedLengths(Section):

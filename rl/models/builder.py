@@ -14,6 +14,7 @@ import torch
 
 from megatron_ultraep.megatron import compat, cpu, rotary
 from megatron_ultraep.megatron.groups import ModelGroups
+from rl.models import float32_residual as residual
 from rl.models.architecture import Architecture, UnsupportedModel
 from rl.models.attention import PackedAttention, RMSNorm, WholeKeyNorm, WholeQueryNorm
 from rl.models.float32_head import install as install_float32_head
@@ -100,7 +101,13 @@ def padded_vocabulary(arch: Architecture, tp: int) -> int:
 
 
 def _transformer_config(
-    arch: Architecture, groups: ModelGroups, dtype: torch.dtype, recompute: Recompute, te: bool, permute_fusion: bool
+    arch: Architecture,
+    groups: ModelGroups,
+    dtype: torch.dtype,
+    recompute: Recompute,
+    te: bool,
+    permute_fusion: bool,
+    float32_residual: bool,
 ) -> Any:
     layout = groups.layout
     gpu = torch.cuda.is_available()
@@ -148,6 +155,8 @@ def _transformer_config(
         # The interleaved schedule frees a send buffer that gloo still reads.
         "deallocate_pipeline_outputs": gpu or not layout.vpp,
     }
+    if float32_residual:
+        kwargs |= residual.configured(dtype)
     if layout.vpp:
         kwargs["microbatch_group_size_per_vp_stage"] = layout.pp
     stages = stage_layers(arch.layers, layout.pp, layout.vpp)
@@ -208,7 +217,9 @@ def _transformer_config(
     return compat.transformer_config(**kwargs)
 
 
-def _layer_specs(arch: Architecture, layer_indices: Sequence[int], te: bool, dtype: torch.dtype) -> list[Any]:
+def _layer_specs(
+    arch: Architecture, layer_indices: Sequence[int], te: bool, dtype: torch.dtype, float32_residual: bool
+) -> list[Any]:
     specs = []
     for index in layer_indices:
         spec = compat.layer_spec(
@@ -231,6 +242,8 @@ def _layer_specs(arch: Architecture, layer_indices: Sequence[int], te: bool, dty
         if arch.qk_norm_whole:
             attention.q_layernorm = WholeQueryNorm
             attention.k_layernorm = WholeKeyNorm
+        if float32_residual:
+            residual.use_in_layer(spec, moe=index in arch.moe_layers, transformer_engine=te)
         specs.append(spec)
     return specs
 
@@ -253,6 +266,7 @@ def build_model(
     seed: int = 0,
     permute_fusion: bool = False,
     float32_head: bool = False,
+    float32_residual: bool = False,
 ) -> BuiltModel:
     """Build this rank's chunks with uninitialised weights; load weights before using them.
 
@@ -265,6 +279,7 @@ def build_model(
         seed: of Megatron's random-number tracker.
         permute_fusion: Transformer Engine's kernels permute tokens; needs Transformer Engine.
         float32_head: logits in float32 where ``dtype`` is 16-bit; see ``rl.models.float32_head``.
+        float32_residual: the residual stream in float32 where ``dtype`` is 16-bit; see ``rl.models.float32_residual``.
 
     Raises:
         ValueError: a layout that does not fit, with what to change.
@@ -283,15 +298,18 @@ def build_model(
     rotary.install()
     where = groups.coordinates
     compat.seed_rng(seed, tp_rank=where["tp"], ep_rank=where["ep"], etp_rank=where["etp"])
-    config = _transformer_config(arch, groups, dtype, recompute or Recompute(), te, permute_fusion)
+    wide = float32_residual and bool(residual.configured(dtype))
+    config = _transformer_config(arch, groups, dtype, recompute or Recompute(), te, permute_fusion, wide)
     final_norm = compat.transformer_engine_norm() if te else RMSNorm
+    if wide:
+        final_norm = residual.Float32InputNorm
     stages = list(range(groups.layout.vpp)) if groups.layout.vpp else [None]
     chunks = []
     for stage in stages:
         layers = chunk_layers(arch, groups, stage)
         chunk = compat.gpt_model(
             config=config,
-            transformer_layer_spec=compat.block_spec(_layer_specs(arch, layers, te, dtype), final_norm),
+            transformer_layer_spec=compat.block_spec(_layer_specs(arch, layers, te, dtype, wide), final_norm),
             vocab_size=padded_vocabulary(arch, groups.layout.tp),
             max_sequence_length=arch.max_positions,
             pre_process=layers.start == 0,

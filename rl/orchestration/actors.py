@@ -105,6 +105,7 @@ def engine_config(config: RunConfig) -> EngineConfig:
         seed=config.run.seed,
         cuda_graphs=r.cuda_graphs and r.device == "cuda",
         float32_head=config.model.float32_head and config.engine_dtype == "bfloat16",
+        float32_residual=config.model.float32_residual and config.engine_dtype == "bfloat16",
         sleep_mode=config.stream.colocated and r.device == "cuda",
         capture_routes=r.capture_routes,
         max_regenerations=r.max_regenerations,
@@ -152,6 +153,7 @@ def trainer_spec(config: RunConfig, iterations: int) -> TrainerSpec:
         ),
         reference_layout=parallel_layout(config, "reference") if own_reference else None,
         float32_head=config.model.float32_head,
+        float32_residual=config.model.float32_residual,
         scorer=None if scorer is None else ScorerSpec(str(scorer.path.absolute()), parallel_layout(config, "scorer")),
     )
 

@@ -11,6 +11,7 @@ m rows that a rank's experts compute (top-k copies of tokens, times the imbalanc
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from rl.config.trainer import ParallelSection
@@ -31,6 +32,7 @@ class Workload:
         modules: recomputed when selective.
         fused: Megatron's fused kernels, and weight gradients added by the kernels themselves; the RL loop has neither.
         logprob_chunk: rows whose logits become log-probs at once.
+        stream: bytes of an element of the residual stream; None: ``width``.
     """
 
     tokens: int
@@ -40,6 +42,11 @@ class Workload:
     modules: tuple[str, ...] = ()
     fused: bool = False
     logprob_chunk: int = 1024
+    stream: int | None = None
+
+    @property
+    def stream_width(self) -> int:
+        return self.width if self.stream is None else self.stream
 
     def recomputes(self, module: str) -> bool:
         """Whether this module's activations are made again in backward."""
@@ -50,13 +57,13 @@ def kept_by_layer(arch: Architecture, parallel: ParallelSection, work: Workload,
     """Bytes that one transformer layer keeps from its forward to its backward."""
     rows = work.tokens // parallel.tp
     if work.recompute == "full":
-        return rows * arch.hidden * work.width
+        return rows * arch.hidden * work.stream_width
     return _attention(arch, parallel, work) + (_moe(arch, parallel, work) if moe else _mlp(arch, parallel, work))
 
 
 def needed_by_layer(arch: Architecture, parallel: ParallelSection, work: Workload, *, moe: bool) -> int:
     """Bytes that the backward of one layer takes beside what is kept, at its fullest."""
-    whole = Workload(work.tokens, work.width, work.imbalance, "none", (), work.fused)
+    whole = dataclasses.replace(work, recompute="none", modules=())
     again = 0
     if work.recompute == "full":
         again = kept_by_layer(arch, parallel, whole, moe=moe)
@@ -115,7 +122,7 @@ def logits_forward(arch: Architecture, parallel: ParallelSection, work: Workload
 
 def before_head(arch: Architecture, parallel: ParallelSection, work: Workload) -> int:
     """Bytes that the last stage keeps between its last layer and the logits: what the final norm gets and gives."""
-    return 2 * (work.tokens // parallel.tp) * arch.hidden * work.width
+    return (work.tokens // parallel.tp) * arch.hidden * (work.stream_width + work.width)
 
 
 def in_flight(parallel: ParallelSection, stage: int, micro_batches: int) -> int:
@@ -134,7 +141,7 @@ def _attention(arch: Architecture, parallel: ParallelSection, work: Workload) ->
     rows = tokens // tp
     norms = 2 * rows * FP32
     # The input, what the norm makes of it, and the sum that goes on to the MLP.
-    hidden = rows * arch.hidden * b * (2 if work.recomputes("layernorm") else 3)
+    hidden = rows * arch.hidden * (2 * work.stream_width + (0 if work.recomputes("layernorm") else b))
     heads = tokens * arch.heads // tp
     statistics = 0 if work.recomputes("core_attn") else heads * FP32
     latent = arch.latent

@@ -7,6 +7,7 @@ since the first holds most activations and the last holds logits.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -169,7 +170,7 @@ def passing_layer(model: ModelOnRanks, stage: int) -> int:
 def passing_forward(model: ModelOnRanks, stage: int) -> int:
     """The same of a pass without backward: one layer's, or logits."""
     layers = [layer for chunk in chunks_of_stage(model.arch, model.parallel, stage) for layer in chunk]
-    whole = Workload(model.work.tokens, model.work.width, model.work.imbalance, fused=model.work.fused)
+    whole = dataclasses.replace(model.work, recompute="none", modules=())
     most = max(
         activations.kept_by_layer(model.arch, model.parallel, whole, moe=moe) + (_dispatch(model) if moe else 0)
         for moe in {layer in model.arch.moe_layers for layer in layers}

@@ -16,7 +16,7 @@ from rl.models.architecture import Architecture, UnsupportedModel, architecture,
 from rl.orchestration.fit import check_against_model
 from rl.placement import place
 from rl.planning import constants, times
-from rl.planning.activations import Workload
+from rl.planning.activations import FP32, Workload
 from rl.planning.cluster import GIB, Cluster, cluster_of
 from rl.planning.memory import (
     Balancing,
@@ -225,7 +225,9 @@ def models_on_ranks(config: RunConfig, arch: Architecture) -> list[ModelOnRanks]
     trainer = config.trainer
     width = WIDTH[config.model.dtype]
 
-    def work(recompute: str, modules: tuple[str, ...], balanced: bool) -> Workload:
+    def work(recompute: str, modules: tuple[str, ...], balanced: bool, scored: bool = True) -> Workload:
+        """``scored``: its log-probs count, so its residual stream may be in float32."""
+        wide = scored and config.model.float32_residual and width < FP32
         return Workload(
             tokens=trainer.tokens_per_micro_batch,
             width=width,
@@ -233,6 +235,7 @@ def models_on_ranks(config: RunConfig, arch: Architecture) -> list[ModelOnRanks]
             recompute=recompute,
             modules=modules,
             logprob_chunk=trainer.logprob_chunk_tokens,
+            stream=FP32 if wide else None,
         )
 
     scalar = replace(arch, tied=False, scalar_head=True)
@@ -250,7 +253,7 @@ def models_on_ranks(config: RunConfig, arch: Architecture) -> list[ModelOnRanks]
                 scalar,
                 critic.parallel or trainer.parallel,
                 True,
-                work(critic.recompute, critic.recompute_modules, balanced),
+                work(critic.recompute, critic.recompute_modules, balanced, scored=False),
             )
         )
     if config.keeps_reference:
@@ -258,7 +261,7 @@ def models_on_ranks(config: RunConfig, arch: Architecture) -> list[ModelOnRanks]
         models.append(ModelOnRanks("reference", arch, layout, False, work("none", (), balanced)))
     if config.reward.model is not None:
         layout = config.reward.model.parallel or trainer.parallel
-        models.append(ModelOnRanks("scorer", scalar, layout, False, work("none", (), balanced)))
+        models.append(ModelOnRanks("scorer", scalar, layout, False, work("none", (), balanced, scored=False)))
     return models
 
 

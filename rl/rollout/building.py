@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rl.rollout import compat, model_files
+from rl.rollout import compat, model_files, residual
 from rl.rollout.config import EngineConfig, graph_sizes
 from rl.rollout.ranks import call_ranks, forget_shared_memory, shared_memory_names, unlink_once
 
@@ -35,6 +35,8 @@ def engine_arguments(config: EngineConfig) -> dict[str, Any]:
         "disable_log_stats": True,
         "worker_extension_cls": "rl.rollout.weights.WeightUpdateExtension",
     }
+    if config.float32_residual:
+        arguments["additional_config"] = {residual.SETTING: True}
     if config.sleep_mode:
         arguments["enable_sleep_mode"] = True
     if graphs:
@@ -71,6 +73,8 @@ def build(config: EngineConfig) -> Any:
     if config.tensor_parallel > 1:
         for names in (shared_memory_names(), *call_ranks(engine, "ultraep_settle_in")):
             forget_shared_memory(names)
+    if config.float32_residual:
+        call_ranks(engine, residual.check)
     if config.float32_head:
         from rl.rollout import head
 

@@ -341,6 +341,15 @@ def _gumbel_argmax_triton(device: Any) -> Callable[[Any, Any, Any], Any]:
     return draw
 
 
+def additional_setting(name: str) -> Any:
+    """A value of ``additional_config`` of the engine whose model is being made; None outside, or where it has none."""
+    from vllm.config.vllm import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    given = None if config is None else config.additional_config
+    return given.get(name) if isinstance(given, dict) else None
+
+
 def is_cpu_platform() -> bool:
     from vllm.platforms import current_platform
 

@@ -28,6 +28,7 @@ class EngineConfig:
         tensor_parallel: tensor-parallel ranks of the engine, on one machine; above 1, each is a process of its own.
         cuda_graphs: decoding steps are replayed as CUDA graphs, nothing is compiled; GPUs only.
         float32_head: a 16-bit model's logits are computed in float32, as the trainer's; see ``rl.models.float32_head``.
+        float32_residual: a 16-bit model's residual stream is in float32, as the trainer's; see ``rl.rollout.residual``.
         seed: of whatever has no seed of its own; requests always have one.
         sleep_mode: the engine can free its device memory in between (colocated with a trainer); CUDA only, vLLM
             refuses it on CPU.
@@ -50,6 +51,7 @@ class EngineConfig:
     tensor_parallel: int = 1
     cuda_graphs: bool = False
     float32_head: bool = False
+    float32_residual: bool = False
     seed: int = 0
     sleep_mode: bool = False
     capture_routes: bool = True
@@ -69,8 +71,9 @@ class EngineConfig:
             problems.append(f"block_size must be a multiple of 32 on the CPU backend, got {self.block_size}")
         if self.cuda_graphs and self.device != "cuda":
             problems.append("cuda_graphs must be false on CPU")
-        if self.float32_head and self.dtype == "float32":
-            problems.append("float32_head is for 16-bit models, got dtype float32: set it to false")
+        for name in ("float32_head", "float32_residual"):
+            if getattr(self, name) and self.dtype == "float32":
+                problems.append(f"{name} is for 16-bit models, got dtype float32: set it to false")
         if self.sleep_mode and self.device != "cuda":
             problems.append("sleep_mode must be false on CPU, where vLLM has none")
         if self.tensor_parallel < 1:

@@ -1,4 +1,5 @@
-"""The vLLM plugin ``ultraep``: what stock vLLM lacks for RL rollouts on CPU. On GPU it changes nothing.
+"""The vLLM plugin ``ultraep``: what stock vLLM lacks for RL rollouts on CPU, and norms of a float32 residual stream for
+engines that ask for it, which is all it does on GPUs.
 
 vLLM calls :func:`register` in each of its processes (entry point ``vllm.general_plugins``); the engine calls it too,
 since it needs it whether or not the entry point is installed. Each patch is one function, says why it is there, and
@@ -7,16 +8,16 @@ refuses to touch a target that does not look as it did in the versions it was tr
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-from rl.rollout.compat import UnexpectedVllm, is_cpu_platform
-
-_MARK = "_ultraep_patched"
+from rl.rollout import residual
+from rl.rollout.compat import is_cpu_platform
+from rl.rollout.patching import expect, replace
 
 
 def register() -> None:
     """Apply all patches that the platform needs; calling it again does nothing."""
+    residual.offer()
     if not is_cpu_platform():
         return
     initialise_amx()
@@ -47,7 +48,7 @@ def allow_route_capture_on_cpu() -> None:
     """
     from vllm.config.vllm import VllmConfig
 
-    original = _expect(VllmConfig, "_verify_aux_output_compatibility", ("self",), ("use_v2_model_runner",))
+    original = expect(VllmConfig, "_verify_aux_output_compatibility", ("self",), ("use_v2_model_runner",))
     if original is None:
         return
 
@@ -65,7 +66,7 @@ def allow_route_capture_on_cpu() -> None:
     def verify(self: Any) -> None:
         original(WithSecondRunner(self))
 
-    _replace(VllmConfig, "_verify_aux_output_compatibility", verify)
+    replace(VllmConfig, "_verify_aux_output_compatibility", verify)
 
 
 def rebuild_moe_kernel_at_reload() -> None:
@@ -77,7 +78,7 @@ def rebuild_moe_kernel_at_reload() -> None:
     """
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
-    original = _expect(
+    original = expect(
         UnquantizedFusedMoEMethod,
         "_setup_kernel",
         ("self", "layer", "w13", "w2"),
@@ -90,7 +91,7 @@ def rebuild_moe_kernel_at_reload() -> None:
         self.moe_kernel = None
         original(self, layer, w13, w2)
 
-    _replace(UnquantizedFusedMoEMethod, "_setup_kernel", setup_kernel)
+    replace(UnquantizedFusedMoEMethod, "_setup_kernel", setup_kernel)
 
 
 def rotate_every_head() -> None:
@@ -104,7 +105,7 @@ def rotate_every_head() -> None:
     """
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
-    original = _expect(
+    original = expect(
         RotaryEmbedding, "forward_cpu", ("self", "positions", "query", "key"), ("ops.rotary_embedding(", "return query")
     )
     if original is None:
@@ -114,31 +115,4 @@ def rotate_every_head() -> None:
         forward = self.forward_native if query.dim() > positions.dim() + 1 else original.__get__(self)
         return forward(positions, query, key)
 
-    _replace(RotaryEmbedding, "forward_cpu", forward_cpu)
-
-
-def _expect(owner: type, name: str, parameters: tuple[str, ...], fragments: tuple[str, ...]) -> Any | None:
-    """The function to be patched, or None when it already is.
-
-    Raises:
-        UnexpectedVllm: it is missing, takes other parameters, or its source lacks one of ``fragments``.
-    """
-    target = owner.__dict__.get(name)
-    where = f"{owner.__module__}.{owner.__qualname__}.{name}"
-    if target is None:
-        raise UnexpectedVllm(f"expected {where} to exist; use a tested vLLM version (rl/rollout/compat.py)")
-    if getattr(target, _MARK, False):
-        return None
-    found = tuple(inspect.signature(target).parameters)
-    if found != parameters:
-        raise UnexpectedVllm(f"expected {where} to take {parameters}, it takes {found}; use a tested vLLM version")
-    source = inspect.getsource(target)
-    missing = [fragment for fragment in fragments if fragment not in source]
-    if missing:
-        raise UnexpectedVllm(f"expected {missing[0]!r} in {where}, it is gone; use a tested vLLM version")
-    return target
-
-
-def _replace(owner: type, name: str, replacement: Any) -> None:
-    setattr(replacement, _MARK, True)
-    setattr(owner, name, replacement)
+    replace(RotaryEmbedding, "forward_cpu", forward_cpu)

@@ -80,6 +80,7 @@ class TrainerSpec:
         reference_layout: parallel sizes of the reference; None: the actor's, on the actor's process groups.
         scorer: build a reward model too.
         float32_head: actor and reference give logits in float32 where ``dtype`` is 16-bit.
+        float32_residual: actor and reference have their residual stream in float32 where ``dtype`` is 16-bit.
 
     Raises:
         ValueError: a model whose layout is for another number of ranks.
@@ -103,6 +104,7 @@ class TrainerSpec:
     reference_layout: ParallelLayout | None = None
     scorer: ScorerSpec | None = None
     float32_head: bool = True
+    float32_residual: bool = False
 
     def __post_init__(self) -> None:
         for model in ("critic", "reference", "scorer"):

@@ -92,6 +92,7 @@ class TrainWorker:
             seed=spec.seed,
             permute_fusion=spec.permute_fusion,
             float32_head=spec.float32_head,
+            float32_residual=spec.float32_residual,
         )
         load_weights(self.actor, spec.model_path)
         self.replay = self._replay_of(self.actor)
@@ -135,6 +136,7 @@ class TrainWorker:
             dtype=DTYPES[spec.dtype],
             seed=spec.seed,
             float32_head=spec.float32_head,
+            float32_residual=spec.float32_residual,
         )
         load_weights(model, spec.model_path)
         self.frozen["reference"] = model

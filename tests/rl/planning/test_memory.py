@@ -7,7 +7,7 @@ import pytest
 
 from rl.config.trainer import ParallelSection
 from rl.models.architecture import Architecture
-from rl.planning.activations import Workload
+from rl.planning.activations import Workload, kept_by_layer
 from rl.planning.cluster import GIB
 from rl.planning.memory import (
     Balancing,
@@ -120,6 +120,24 @@ def planned(parallel=None, ranks=8, micro_batches=8, **work):
 
 
 SIZE = {"tokens": 8192}
+
+
+def test_a_float32_stream_is_kept_twice_as_wide():
+    arch = published("qwen3-30b-a3b")
+    rows = SIZE["tokens"] * arch.hidden
+    kept, wide = (
+        [
+            kept_by_layer(arch, ParallelSection(), Workload(**SIZE, recompute=mode, stream=stream), moe=True)
+            for mode in MODES
+        ]
+        for stream in (None, 4)
+    )
+    assert [b - a for a, b in zip(kept, wide, strict=True)] == [2 * 2 * rows, 2 * rows]
+    grown = planned(stream=4)[0].bytes_of("activations")
+    assert grown - planned()[0].bytes_of("activations") == 2 * 2 * rows * arch.layers + 2 * rows
+
+
+MODES = ("none", "full")
 
 
 def test_recomputation_keeps_less():

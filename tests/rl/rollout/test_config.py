@@ -38,9 +38,10 @@ def test_an_engine_of_several_ranks_does_not_sleep(model: str) -> None:
 
 
 def test_what_needs_a_gpu_or_16_bits(model: str) -> None:
-    EngineConfig(model, device="cuda", dtype="bfloat16", cuda_graphs=True, float32_head=True)
-    with pytest.raises(ValueError, match=r"cuda_graphs must be false on CPU; float32_head is for 16-bit models"):
-        EngineConfig(model, cuda_graphs=True, float32_head=True)
+    EngineConfig(model, device="cuda", dtype="bfloat16", cuda_graphs=True, float32_head=True, float32_residual=True)
+    wrong = r"cuda_graphs must be false on CPU; float32_head is for 16-bit models.*float32_residual is for"
+    with pytest.raises(ValueError, match=wrong):
+        EngineConfig(model, cuda_graphs=True, float32_head=True, float32_residual=True)
 
 
 @pytest.mark.parametrize("most", [1, 3, 32, 100, 512, 1024])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rl.rollout import vllm_plugin
+from rl.rollout import patching
 from rl.rollout.compat import UnexpectedVllm
 
 
@@ -16,15 +16,15 @@ def test_a_target_as_expected_is_returned_and_patched_once() -> None:
     class Fresh(Target):
         method = Target.__dict__["method"]
 
-    original = vllm_plugin._expect(Fresh, "method", ("self", "layer"), ("first_step = layer",))
+    original = patching.expect(Fresh, "method", ("self", "layer"), ("first_step = layer",))
     assert original is Target.method
 
     def replacement(self: Fresh, layer: int) -> int:
         return -original(self, layer)
 
-    vllm_plugin._replace(Fresh, "method", replacement)
+    patching.replace(Fresh, "method", replacement)
     assert Fresh().method(2) == -2
-    assert vllm_plugin._expect(Fresh, "method", ("self", "layer"), ("first_step = layer",)) is None
+    assert patching.expect(Fresh, "method", ("self", "layer"), ("first_step = layer",)) is None
 
 
 @pytest.mark.parametrize(
@@ -37,4 +37,4 @@ def test_a_target_as_expected_is_returned_and_patched_once() -> None:
 )
 def test_a_target_that_changed_is_refused(name: str, parameters: tuple, fragment: str, message: str) -> None:
     with pytest.raises(UnexpectedVllm, match=message):
-        vllm_plugin._expect(Target, name, parameters, (fragment,))
+        patching.expect(Target, name, parameters, (fragment,))

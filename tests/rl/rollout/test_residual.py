@@ -1,0 +1,74 @@
+"""Engines whose residual stream is in float32: real ones on CPU, and a model without the norms that this needs."""
+
+import asyncio
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rl.models import tiny
+from rl.rollout import compat, residual
+from rl.rollout.config import EngineConfig, Sampling, engine_environment
+from rl.types import Prompt
+
+
+def test_a_model_without_such_norms() -> None:
+    model = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    worker = types.SimpleNamespace(model_runner=types.SimpleNamespace(model=model))
+    with pytest.raises(compat.UnexpectedVllm, match=r"the model has none: set model\.float32_residual to false"):
+        raise residual.check(worker).error
+
+
+FAMILIES = {
+    "mixtral": tiny.mixtral,
+    "qwen2_moe": tiny.qwen2_moe,
+    "olmoe": tiny.olmoe,
+    "glm4_moe": tiny.glm4_moe,
+    "deepseek": tiny.deepseek_v3,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_are_closer_to_those_of_float32(family, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every expert computes every token, since another route would make more difference than any rounding."""
+    for name, value in engine_environment("cpu").items():
+        monkeypatch.setenv(name, value)
+    directory: Path = FAMILIES[family](
+        tmp_path / "model",
+        layers=32,
+        experts=4,
+        topk=4,
+        **({"groups": 1, "chosen_groups": 1} if family == "deepseek" else {}),
+    )
+    prompts = [
+        Prompt(f"p{i}", i, 0, "", np.random.default_rng(i).integers(5, 250, 12).astype(np.int32)) for i in range(200)
+    ]
+
+    async def first_tokens(dtype: str, wide: bool) -> dict[str, tuple[int, float]]:
+        """The first sampled token of each prompt and its log-prob."""
+        from rl.rollout.engine import RolloutEngine
+
+        engine = RolloutEngine(
+            EngineConfig(str(directory), dtype=dtype, max_model_len=64, float32_head=wide, float32_residual=wide)
+        )
+        await engine.start()
+        sampling = Sampling(max_tokens=1, temperature=1.0, ignore_eos=True)
+        groups = await asyncio.gather(*[engine.generate(p, [p.uid], sampling, 0) for p in prompts])
+        await engine.stop()
+        samples = [s for g in groups for s in g]
+        return {s.prompt.uid: (int(s.response_tokens[0]), float(s.rollout_logprobs[0])) for s in samples}
+
+    exact = asyncio.run(first_tokens("float32", False))
+    rounded = asyncio.run(first_tokens("bfloat16", False))
+    ours = asyncio.run(first_tokens("bfloat16", True))
+    same = [uid for uid, (token, _) in exact.items() if token == rounded[uid][0] == ours[uid][0]]
+    assert len(same) > len(prompts) // 2
+
+    def error(found: dict[str, tuple[int, float]]) -> float:
+        return float(np.mean([(found[uid][1] - exact[uid][1]) ** 2 for uid in same]))
+
+    assert error(ours) < error(rounded)
