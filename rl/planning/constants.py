@@ -45,21 +45,37 @@ FORWARD_EFFICIENCY = 0.50
 
 DECODE_EFFICIENCY = 0.5
 """Share of the memory's bandwidth that decoding reaches, of weights and cache read in a step. Not measured here with a
-model of this size; vLLM's eager mode, with routes captured."""
+model of this size, with routes captured."""
 
-DECODE_LAYER_S = 0.00063
-DECODE_SAMPLE_S = 0.00034
-"""Host time of a decoding step in eager mode with routes captured, for each layer and each running sample. Source: both
-runs of benchmarks/results/stream-real-gpu.json, 30 layers: 9.62 - 1.59 s of generation with 256 samples on an engine
-and 6.50 - 1.27 s with 128, of 128 steps each, solved for the two."""
+DECODE_LAYER_GRAPHS_S = 0.000125
+"""Least time of a layer in a decoding step, steps replayed as CUDA graphs: small kernels one after another, and a
+layer's share of what the host does once a step. Source: the colocated run of benchmarks/results/stream-real-gpu-2.json,
+30 layers, at most 144 samples on an engine. Every group's end is one layer constant, one sample constant and one start
+further than the start of its iteration; docs/notes/planner.md has the fit."""
+
+DECODE_LAYER_EAGER_S = 0.00063
+"""The same in eager mode, where the host launches every kernel. Source: both runs of
+benchmarks/results/stream-real-gpu.json, 30 layers: 9.62 - 1.59 s of generation with 256 samples on an engine and
+6.50 - 1.27 s with 128, of 128 steps each, solved for this and 0.34 ms a running sample."""
+
+DECODE_SAMPLE_S = 0.00005
+"""Host time of a decoding step for each running sample, in both modes, added to what the device needs: steps are
+settled one by one. Source: as ``DECODE_LAYER_GRAPHS_S``. The 0.34 ms of the eager runs are no longer so: there every
+request had a random generator, asked one after the other, and every token's log-prob an object. Eager mode was not
+measured since."""
+
+REQUEST_S = 0.0017
+"""Host time of an engine for each sample besides its decoding steps: asked for, its prompt read, its routes and text
+handed back. Source: 0.20 s a start for 128 samples and 4 ms an end of 8 in benchmarks/results/stream-real-gpu-2.json,
+and 1.02 s of generation for 512 samples of 3 tokens in docs/runs/smollm2-moe/index.md."""
 
 LAYER_HOST_S = 0.0039
 """Host time of one layer in one micro-batch, forward; backward takes twice that. Source:
 benchmarks/results/layer-gpu-ep4.json, stock, 32 experts with balanced routes, where the host was slower than the GPUs:
 11.7 ms forward and backward of a MoE layer."""
 
-NVLINK_EFFICIENCY = 0.78
-"""Share of NVLink's data sheet that transfers reach. Source: benchmarks/results/transfer-gpu.json (349 of 450 GB/s)."""
+NVLINK_EFFICIENCY = 0.73
+"""Share of NVLink's data sheet that transfers reach. Source: benchmarks/results/transfer-gpu.json (329 of 450 GB/s)."""
 
 NETWORK_EFFICIENCY = 0.8
 """The same of the network between nodes: not measured."""
@@ -72,4 +88,5 @@ OFFLOAD_GBS = 40.0
 """Between a GPU and pinned host memory, one direction (GB/s): PCIe 5 x16, not measured here."""
 
 STEP_OVERHEAD_S = 1.0
-"""Rewards, advantages, ledger and what else of a step is neither generation nor training: not measured on GPUs."""
+"""Rewards, advantages, ledger and what else of a step is neither generation nor training: not measured for long
+responses. For 1,024 short ones it was 0.2 s, rewards overlapped (docs/runs/smollm2-moe/index.md)."""

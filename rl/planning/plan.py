@@ -29,6 +29,7 @@ from rl.planning.memory import (
 )
 from rl.planning.parameters import active_parameters, total_parameters
 from rl.planning.times import Batch, Phase, Training
+from rl.rollout.config import decodes_with_graphs
 from rl.transfer.turns import DEPTH, GPU_BUCKET_BYTES
 
 WIDTH = {"bfloat16": 2, "float32": 4, "float64": 8}
@@ -326,6 +327,9 @@ def _phases(
             seats=rollout.max_num_seqs,
             kv_cache_bytes=round(rollout.kv_cache_gib * GIB),
             width=width,
+            graphs=decodes_with_graphs(
+                rollout.cuda_graphs, device=rollout.device, latent_attention=arch.latent is not None
+            ),
         )
     ]
     by_name = {model.name: model for model in models}

@@ -4,7 +4,9 @@ Generation reads weights and cache once a token and step (bandwidth), training c
 and weights travel (links). Measured shares of the peaks are in ``constants``; bounds take the data sheets' figures.
 
 - Generation: a step of b samples reads the dense weights, ``E (1 - (1 - k/E)^b)`` experts of each layer and b samples'
-  cache. Bound: the same bytes and operations at the peaks, without the tail of the longest sample.
+  cache. A layer takes no less than its kernels' launches, and the host's time for each sample comes after the device's,
+  since steps are settled one by one. Bound: the same bytes and operations at the peaks, without the tail of the longest
+  sample.
 - Passes: 2 operations a parameter and token forward, twice that backward, once more where layers are recomputed, and
   attention's own; times pipeline bubble and imbalance. Bound: forward and backward at the peak, nothing else.
 - Dispatch and combine: top-k copies of every token, over NVLink or the network. Bound: part of the passes' own.
@@ -102,6 +104,7 @@ def generation(
     seats: int,
     kv_cache_bytes: int,
     width: int,
+    graphs: bool,
 ) -> Phase:
     """All samples of a step, on all engines.
 
@@ -109,6 +112,7 @@ def generation(
         seats: samples that an engine computes at once, if its cache holds them.
         kv_cache_bytes: of each of an engine's GPUs.
         width: bytes of a weight, and of a key or value.
+        graphs: decoding steps are replayed as CUDA graphs; else launched kernel by kernel.
     """
     per_token = kv_bytes_per_token(arch, width, tensor_parallel)
     held = max(1, kv_cache_bytes // max(1, per_token * batch.length))
@@ -123,8 +127,9 @@ def generation(
         return max(read, computed)
 
     def measured(samples: int) -> float:
-        host = arch.layers * constants.DECODE_LAYER_S + samples * constants.DECODE_SAMPLE_S
-        return max(host, step(samples, constants.DECODE_EFFICIENCY))
+        layer = constants.DECODE_LAYER_GRAPHS_S if graphs else constants.DECODE_LAYER_EAGER_S
+        device = max(arch.layers * layer, step(samples, constants.DECODE_EFFICIENCY))
+        return device + samples * constants.DECODE_SAMPLE_S
 
     steps = mine * batch.response / running
     prompts = -(-batch.prompts // engines) * batch.prompt * _operations(arch, batch.prompt, 1.0)
@@ -132,9 +137,10 @@ def generation(
     tail = max(0, batch.longest - batch.response) * measured(max(1, running // 8))
     return Phase(
         "generation",
-        steps * measured(running) + tail + prefill / constants.FORWARD_EFFICIENCY,
+        steps * measured(running) + tail + prefill / constants.FORWARD_EFFICIENCY + mine * constants.REQUEST_S,
         steps * step(running, 1.0) + prefill,
-        f"{running} samples at a time on an engine, {measured(running) * 1e3:.1f} ms a step, the tail {tail:.0f} s",
+        f"{running} samples at a time on an engine, {measured(running) * 1e3:.1f} ms a step "
+        f"({'CUDA graphs' if graphs else 'eager'}), the tail {tail:.0f} s",
     )
 
 

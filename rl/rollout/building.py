@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from rl.rollout import compat, model_files, residual
-from rl.rollout.config import EngineConfig, graph_sizes
+from rl.rollout.config import EngineConfig, decodes_with_graphs, graph_sizes
 from rl.rollout.ranks import call_ranks, forget_shared_memory, shared_memory_names, unlink_once
 
 
 def engine_arguments(config: EngineConfig) -> dict[str, Any]:
     """Arguments of vLLM's ``EngineArgs``."""
-    # Latent attention absorbs matrices into new ones after every load, which graphs would not see.
-    graphs = config.cuda_graphs and not model_files.has_latent_attention(Path(config.model_path))
+    latent = model_files.has_latent_attention(Path(config.model_path))
+    graphs = decodes_with_graphs(config.cuda_graphs, device=config.device, latent_attention=latent)
     arguments: dict[str, Any] = {
         "model": config.model_path,
         "dtype": config.dtype,

@@ -160,6 +160,19 @@ def engine_environment(device: Device = "cpu") -> dict[str, str]:
     return environment
 
 
+def decodes_with_graphs(cuda_graphs: bool, *, device: Device, latent_attention: bool) -> bool:
+    """Whether an engine replays its decoding steps as CUDA graphs.
+
+    Latent attention absorbs matrices into new ones after every load of weights, which graphs would not see.
+
+    Args:
+        cuda_graphs: whether they are wanted.
+        device: that the engine runs on.
+        latent_attention: of its model (DeepSeek's MLA).
+    """
+    return cuda_graphs and device == "cuda" and not latent_attention
+
+
 def graph_sizes(max_num_seqs: int) -> list[int]:
     """Numbers of running samples that decoding steps are captured for; a step is padded to the next.
 

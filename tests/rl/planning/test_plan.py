@@ -85,6 +85,25 @@ def test_overlapping_takes_the_longer_of_both():
     )
 
 
+@pytest.mark.parametrize(
+    ("rollout", "dimensions", "mode"),
+    [
+        ({}, "qwen3-30b-a3b", "CUDA graphs"),
+        ({"cuda_graphs": False}, "qwen3-30b-a3b", "eager"),
+        ({}, "deepseek-v3", "eager"),
+    ],
+)
+def test_decoding_is_planned_as_engines_decode(rollout, dimensions, mode):
+    config = configuration(
+        rollout=rollout,
+        plan={"dimensions": str(ROOT / "recipes" / "models" / f"{dimensions}.json")},
+        allow_untested=True,
+    )
+    generation = make_plan(config).phases[0]
+    assert generation.name == "generation"
+    assert f"({mode})" in generation.note
+
+
 def test_other_models_are_planned_too():
     config = configuration(
         algorithm={"advantage": "gae", "kl": {"coef": 0.1}},

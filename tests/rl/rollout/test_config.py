@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from rl.rollout.config import EngineConfig, Sampling, derive_seed, engine_environment, graph_sizes
+from rl.rollout.config import (
+    EngineConfig,
+    Sampling,
+    decodes_with_graphs,
+    derive_seed,
+    engine_environment,
+    graph_sizes,
+)
 
 
 @pytest.fixture
@@ -64,6 +71,19 @@ def test_truncation_is_refused_and_says_how_to_lift_it(arguments: dict) -> None:
 def test_bad_sampling_is_refused(arguments: dict) -> None:
     with pytest.raises(ValueError, match=r"must be"):
         Sampling(**({"max_tokens": 8} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "latent", "graphs"),
+    [
+        (True, "cuda", False, True),
+        (True, "cuda", True, False),
+        (True, "cpu", False, False),
+        (False, "cuda", False, False),
+    ],
+)
+def test_who_decodes_with_graphs(wanted: bool, device: str, latent: bool, graphs: bool) -> None:
+    assert decodes_with_graphs(wanted, device=device, latent_attention=latent) is graphs
 
 
 def test_seeds_are_stable_and_differ() -> None:
