@@ -95,17 +95,22 @@ def layer_spec(
 def separate_norms(spec: Any, *, moe: bool) -> None:
     """Have the linear layers of a Transformer Engine layer's spec leave norms to the layer's own norm modules.
 
-    Latent attention keeps its norms of what it compresses, which are not on the residual stream.
+    Latent attention keeps its norms of what it compresses, which are not on the residual stream. In checkpoints norms
+    keep the names that they have inside linear layers, so that one loads either way.
     """
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 
+    names = {}
     attention = spec.submodules.self_attention.submodules
     if hasattr(attention, "linear_qkv"):
         attention.linear_qkv = TEColumnParallelLinear
+        names["input_layernorm."] = "self_attention.linear_qkv.layer_norm_"
     if not moe:
         mlp = spec.submodules.mlp
         submodules = mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
         submodules.linear_fc1 = TEColumnParallelLinear
+        names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    spec.submodules.sharded_state_dict_keys_map = spec.submodules.sharded_state_dict_keys_map | names
 
 
 def moe_layer(config: Any, groups: Any, *, transformer_engine: bool, layer_number: int = 1) -> Any:

@@ -18,15 +18,22 @@ SETTING = "ultraep_float32_residual"
 _PARAMETERS = ("self", "hidden_size", "eps", "var_hidden_size", "has_weight", "dtype")
 
 
+_refused: list[compat.UnexpectedVllm] = []
+
+
 def offer() -> None:
     """Let norms of models whose engine asks for it (:data:`SETTING`) keep the stream in float32; others stay.
 
-    Raises:
-        UnexpectedVllm: norms are made otherwise than in the versions that this was tried with.
+    Where norms are made otherwise than in the versions that this was tried with, nothing changes, and :func:`check`
+    says why: this runs in every process of vLLM where the package is installed, and few ask for it.
     """
     from vllm.model_executor.layers.layernorm import RMSNorm
 
-    original = expect(RMSNorm, "__init__", _PARAMETERS, ("self.variance_epsilon = eps",))
+    try:
+        original = expect(RMSNorm, "__init__", _PARAMETERS, ("self.variance_epsilon = eps",))
+    except compat.UnexpectedVllm as error:
+        _refused[:] = [error]
+        return
     if original is None:
         return
 
@@ -62,8 +69,10 @@ def check(worker: Any) -> int:
     """Number of this rank's norms that keep the stream in float32. For ``call_ranks``.
 
     Raises:
-        UnexpectedVllm: there are none.
+        UnexpectedVllm: there are none, perhaps since this vLLM makes them otherwise.
     """
+    if _refused:
+        raise _refused[0]
     modules = worker.model_runner.model.modules()
     found = sum(getattr(getattr(m, "_forward_method", None), "func", None) is _forward for m in modules)
     if not found:

@@ -33,6 +33,7 @@ from rl.training.trained import TrainedModel, reset_optimizer_state
 from rl.training.worker import TrainWorker
 
 _NAME = re.compile(r"step_(\d{8})")
+_EXTRA_STATE = re.compile(r"(.*\.)?_extra_state\d*")
 LOOP_STATE = "loop.json"
 
 
@@ -115,7 +116,7 @@ def _load(trained: TrainedModel, directory: Path, spec: TrainerSpec, random_stat
             )
         )
     reset_optimizer_state(optimizer)  # torch's Adam makes its state lazily; loading wants it there
-    state = _model_state(model, distributed)
+    state = _wanted_state(model, distributed)
     with_random = random_state is not None and saved == mine
     if with_random:
         state["random"] = random_state
@@ -136,7 +137,7 @@ def save_model(model: BuiltModel, directory: str | Path) -> None:
 
 def load_model(model: BuiltModel, directory: str | Path) -> None:
     """Read :func:`save_model` back; a collective."""
-    _load_model(model, compat.load_checkpoint(_model_state(model, False), str(directory)))
+    _load_model(model, compat.load_checkpoint(_wanted_state(model, False), str(directory)))
 
 
 def _metadata(model: BuiltModel, distributed: bool) -> dict[str, Any]:
@@ -148,6 +149,18 @@ def _model_state(model: BuiltModel, distributed: bool) -> dict[str, Any]:
     return {
         name: chunk.sharded_state_dict(metadata=_metadata(model, distributed))
         for name, chunk in zip(names, model.chunks, strict=True)
+    }
+
+
+def _wanted_state(model: BuiltModel, distributed: bool) -> dict[str, Any]:
+    """What to read: all but Transformer Engine's state for fp8, which is not used.
+
+    Which modules have one depends on settings (norms of a float32 residual stream do not), and Megatron fails at the
+    first thing that a checkpoint lacks.
+    """
+    return {
+        name: {key: value for key, value in chunk.items() if not _EXTRA_STATE.fullmatch(key)}
+        for name, chunk in _model_state(model, distributed).items()
     }
 
 

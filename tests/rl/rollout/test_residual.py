@@ -1,6 +1,7 @@
 """Engines whose residual stream is in float32: real ones on CPU, and a model without the norms that this needs."""
 
 import asyncio
+import sys
 import types
 from pathlib import Path
 
@@ -19,6 +20,23 @@ def test_a_model_without_such_norms() -> None:
     worker = types.SimpleNamespace(model_runner=types.SimpleNamespace(model=model))
     with pytest.raises(compat.UnexpectedVllm, match=r"the model has none: set model\.float32_residual to false"):
         raise residual.check(worker).error
+
+
+def test_norms_of_another_vllm_only_matter_to_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM loads the plugin wherever the package is installed, for models of others too."""
+
+    class RMSNorm(torch.nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+
+    layers = types.SimpleNamespace(RMSNorm=RMSNorm)
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.layernorm", layers)
+    monkeypatch.setattr(residual, "_refused", [])
+    before = RMSNorm.__init__
+    residual.offer()
+    assert RMSNorm.__init__ is before
+    with pytest.raises(compat.UnexpectedVllm, match=r"RMSNorm\.__init__ to take .*use a tested vLLM version"):
+        raise residual.check(None).error
 
 
 FAMILIES = {

@@ -2,10 +2,13 @@
 
 from unittest import mock
 
+import numpy as np
 import psutil
 import pytest
+import torch
 
 from rl.models import tiny
+from rl.models.attention import RMSNorm
 from rl.models.weights import export_weights
 from rl.training import checkpoint
 from rl.training.batch import MiniBatch
@@ -18,9 +21,9 @@ from tests.rl.training.critics import POLICY, VALUES, critic_samples, critic_wor
 OPTIMIZER = OptimizerSpec(lr=1e-3, warmup_steps=1, schedule="cosine", decay_steps=10, weight_decay=0.1)
 
 
-def train(directory, layout, steps, *, save=None, load=None, distributed=True):
+def train(directory, layout, steps, *, save=None, load=None, distributed=True, **spec):
     """Weights in logical order after the given steps."""
-    worker = make_worker(directory, layout, optimizer=OPTIMIZER, distributed_optimizer=distributed)
+    worker = make_worker(directory, layout, optimizer=OPTIMIZER, distributed_optimizer=distributed, **spec)
     if load:
         checkpoint.load(worker, load)
     lrs = []
@@ -34,7 +37,7 @@ def train(directory, layout, steps, *, save=None, load=None, distributed=True):
             with mock.patch("os.fork", side_effect=AssertionError("a rank forked to write its files")):
                 checkpoint.save(worker, save[1])
             assert not psutil.Process().children(), psutil.Process().children()
-    return {n: t.numpy().copy() for n, t in export_weights(worker.actor)}, lrs
+    return {n: t.float().numpy().copy() for n, t in export_weights(worker.actor)}, lrs
 
 
 def merged(results):
@@ -95,6 +98,36 @@ def test_stages_of_unequal_length(ranks, tmp_path):
     for layout, world in (({"pp": 2}, 2), ({"pp": 3}, 3), ({}, 1)):
         resumed, _ = merged(ranks(world).run(train, odd, layout, range(2, 3), load=str(path)))
         assert worst(resumed, whole) <= 1e-4
+
+
+NARROW, WIDE = ({"dtype": "bfloat16", "float32_residual": wide} for wide in (False, True))
+
+
+def train_with_more_state(*arguments, **options):
+    """As with Transformer Engine, whose norms have a state for fp8."""
+    state = {"get_extra_state": lambda norm: torch.empty(0), "set_extra_state": lambda norm, given: None}
+    with mock.patch.multiple(RMSNorm, create=True, **state):
+        return train(*arguments, **options)
+
+
+def test_a_float32_stream_may_begin_and_end(ranks, directory, tmp_path):
+    """Its norms are other modules than those of a narrow one, in checkpoints they are the same."""
+    kinds = {"wide": (train, WIDE), "narrow": (train_with_more_state, NARROW)}
+    saved = {}
+    for name, (function, spec) in kinds.items():
+        (tmp_path / name).mkdir()
+        save = (1, str(tmp_path / name))
+        saved[name], _ = merged(ranks(2).run(function, directory, {"ep": 2}, range(2), save=save, **spec))
+    for before, after in (("wide", "wide"), ("wide", "narrow"), ("narrow", "wide")):
+        function, spec = kinds[after]
+        loaded, _ = merged(ranks(2).run(function, directory, {"ep": 2}, [], load=str(tmp_path / before), **spec))
+        assert worst(loaded, saved[before]) == 0
+    whole, lrs = merged(ranks(2).run(train, directory, {"ep": 2}, range(3), **WIDE))
+    for before, most in (("wide", 0), ("narrow", 0.005)):
+        load = str(tmp_path / before)
+        resumed, later = merged(ranks(2).run(train, directory, {"ep": 2}, range(2, 3), load=load, **WIDE))
+        assert later == lrs[2:]
+        assert max(np.abs(resumed[name] - whole[name]).max() for name in whole) <= most
 
 
 @pytest.mark.parametrize(

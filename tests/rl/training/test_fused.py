@@ -46,6 +46,13 @@ CASES = {
         {"pp": 2, "ep": 2, "placement": REVERSED},
         {"balance": BALANCE, "recompute": ("full",)},
     ),
+    # Stages of the actor send each other float32, the critic's bfloat16.
+    "pp2, reversed, float32 stream": (
+        2,
+        {"pp": 2},
+        {"pp": 2, "placement": REVERSED},
+        {"dtype": "bfloat16", "float32_residual": True},
+    ),
 }
 
 
@@ -96,7 +103,7 @@ def found_of(worker, results):
 
 def step(directory, layout, critic, fused, spec):
     """Both models' gradients from a fused step, or from two steps."""
-    worker = critic_worker(directory, layout, critic, **FP64, **spec)
+    worker = critic_worker(directory, layout, critic, **FP64 | spec)
     samples = critic_samples(worker.actor.arch)
     objectives = {"actor": POLICY, "critic": VALUES}
     batches = {name: part_of(worker, name, samples) for name in objectives}
