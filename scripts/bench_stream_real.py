@@ -185,7 +185,7 @@ def simulator_row(row: Row, arguments: argparse.Namespace, directory: Path) -> d
     every = steps_of(row.mode, directory)
     records = Ledger.read(directory / row.mode).records
     steps, seconds, tokens, chunks = [], 0.0, 0.0, 0.0
-    for metrics, record in list(zip(every, records, strict=True))[SKIPPED:]:
+    for step, (metrics, record) in enumerate(zip(every, records, strict=True)):
         lengths = []
         for epoch, ordinal in record.consumed:
             prompt = with_length(_prompt(epoch, ordinal), arguments.median, arguments.sigma, arguments.longest)
@@ -199,26 +199,39 @@ def simulator_row(row: Row, arguments: argparse.Namespace, directory: Path) -> d
                 "lengths": lengths,
             }
         )
+        if step < SKIPPED:
+            continue
         seconds += metrics["perf/time/old_logprob"] + metrics["perf/time/train"]
         tokens += total
         chunks += metrics.get("stream/chunks", 1.0)
     mode = {"one-step": "async", "one-step-continue": "async"}.get(row.mode, row.mode)
+    update = _update_seconds(directory / row.mode / "timeline.json")
     return {
         "mode": mode,
-        "engines": 1,
+        "engines": engines_of(row.mode, arguments.gpus),
         "seats": arguments.seats,
         "staleness": STREAM[row.mode].get("staleness", 0),
         "in_flight": STREAM[row.mode].get("in_flight", "finish"),
-        "chunk_groups": max(1, round(arguments.prompts / (chunks / len(steps)))),
+        "chunk_groups": max(1, round(arguments.prompts / (chunks / (len(steps) - SKIPPED)))),
+        "skip": SKIPPED,
+        # Off the GPUs and back: twice a step.
+        "switch_seconds": statistics.median(m.get("perf/time/offload", 0.0) for m in every[SKIPPED:]) / 2,
         "train": {"fixed_seconds": 0.0, "seconds_per_token": seconds / tokens, "apply_seconds": 0.0},
+        # A synchronous run waits until engines have taken the weights up, which counts by itself.
         "transfer_seconds": statistics.median(
-            m["perf/time/weight_update"] if mode != "async" else m["perf/time/export"] for m in every[SKIPPED:]
+            max(0.0, m["perf/time/weight_update"] - update) if mode != "async" else m["perf/time/export"]
+            for m in every[SKIPPED:]
         ),
         # The profile was measured with the machine to itself; here the trainer, the driver and Ray share its cores.
         "slowdown": statistics.median(m.get("stream/engine_slowdown", 1.0) for m in every[SKIPPED:]),
-        "update_seconds": _update_seconds(directory / row.mode / "timeline.json"),
+        "update_seconds": update,
         "steps": steps,
     }
+
+
+def engines_of(mode: str, gpus: int) -> int:
+    """Engines of a run: all GPUs colocated, else half of them; one on CPUs."""
+    return (gpus if mode == "colocated" else gpus // 2) or 1
 
 
 def _update_seconds(timeline: Path) -> float:
@@ -303,7 +316,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.json:
                 write(arguments, rows)
         if arguments.rows:
-            found = [simulator_row(row, arguments, directory) for row in rows if row.mode != "colocated"]
+            found = [
+                simulator_row(row, arguments, directory) for row in rows if arguments.gpus or row.mode != "colocated"
+            ]
             arguments.rows.write_text(json.dumps({"rows": found}))
     print(f"\nMeasured, {arguments.gpus or 'no'} GPUs.\n" + table(rows))
     missed = False

@@ -2,7 +2,8 @@
 
 Writes report.html, metrics.jsonl, the time line (gzip), the newest routing trace of at most --trace-mib, the resolved
 configuration, and index.md: held-out accuracy, the KL between rollout and training with replay and without, the time of
-each phase, imbalance, and the same run without balancing beside it. The page names the commands that make it again.
+each phase, imbalance, and the same run without balancing beside it, with its metrics: medians of the steps that both
+runs have. The page names the commands that make it again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rl.ledger import Ledger
 from rl.metrics import read_metrics
 from rl.report import wilson_interval, write_report
 
+WITHOUT = "metrics-without-balancing.jsonl"
 SKIPPED = 2  # first steps, which compile kernels
 Metrics = Mapping[int, Mapping[str, float]]
 
@@ -30,13 +32,16 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--without-balancing", type=Path, help="the same run with balance.enabled=false")
-    parser.add_argument("--command", default="", help="that made the run, for the page")
+    parser.add_argument("--command", action="append", default=[], help="that made the run, for the page; repeatable")
     parser.add_argument("--hardware", default="", help="for the page, e.g. 2 NVIDIA H200")
     parser.add_argument("--trace-mib", type=float, default=4.0)
     arguments = parser.parse_args()
     target: Path = arguments.directory
     target.mkdir(parents=True, exist_ok=True)
     kept = keep_files(arguments.run, target, arguments.trace_mib)
+    if arguments.without_balancing:
+        shutil.copy(arguments.without_balancing / "metrics.jsonl", target / WITHOUT)
+        kept.append(WITHOUT)
     text = page(arguments.run, arguments.without_balancing, arguments.command, arguments.hardware, kept)
     (target / "index.md").write_text(text)
     print(f"{target}: {', '.join(sorted(kept))}, index.md")
@@ -63,18 +68,19 @@ def keep_files(run: Path, target: Path, trace_mib: float) -> list[str]:
     return kept
 
 
-def page(run: Path, without: Path | None, command: str, hardware: str, kept: Sequence[str]) -> str:
+def page(run: Path, without: Path | None, commands: Sequence[str], hardware: str, kept: Sequence[str]) -> str:
     ledger, metrics = Ledger.read(run), read_metrics(run)
     versions = {name: version for name, version in ledger.run["versions"].items() if version}
     lines = [f"# {ledger.run['config']['run']['name']}", ""]
     lines += [f"{hardware}; " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."]
-    if command:
-        lines += ["", "```sh", command, "```"]
+    if commands:
+        lines += ["", "```sh", *commands, "```"]
     lines += ["", "Files: " + ", ".join(f"[{name}]({name})" for name in kept) + "."]
     lines += ["", "## Held out", "", *held_out(run, ledger.run["config"]["evaluation"]["correct_from"])]
     lines += ["", "## Rollout against training", "", *agreement(metrics)]
-    lines += ["", "## Time of a step by phase", "", *phases(metrics, read_metrics(without) if without else None)]
-    lines += ["", "## Imbalance", "", *imbalance(metrics, read_metrics(without) if without else None)]
+    other = read_metrics(without) if without else None
+    lines += ["", "## Time of a step by phase", "", *phases(*paired(metrics, other))]
+    lines += ["", "## Imbalance", "", *imbalance(*paired(metrics, other))]
     return "\n".join(lines) + "\n"
 
 
@@ -85,6 +91,14 @@ def held_out(run: Path, correct_from: float) -> list[str]:
         low, high = wilson_interval(result.accuracy, result.count)
         lines.append(f"| {step} | {result.count} | {result.accuracy:.1%} | {low:.1%} to {high:.1%} |")
     return lines
+
+
+def paired(metrics: Metrics, other: Metrics | None) -> tuple[Metrics, Metrics | None]:
+    """Of both runs, the steps that both have."""
+    if other is None:
+        return metrics, None
+    common = sorted(set(metrics) & set(other))
+    return {step: metrics[step] for step in common}, {step: other[step] for step in common}
 
 
 def median(metrics: Metrics, name: str) -> float | None:
@@ -119,7 +133,7 @@ def phases(metrics: Metrics, without: Metrics | None) -> list[str]:
         label = name.removeprefix("perf/time/").removeprefix("perf/")
         lines.append(f"| {label} | {shown(values[0], ',.3f')} | {shown(values[1], ',.3f')} |")
     rates = [shown(median(m, "perf/tokens_per_second"), ",.0f") for m in (metrics, without) if m]
-    lines += ["", f"Medians, without the first {SKIPPED} steps; phases of several sides run at the same time."]
+    lines += ["", f"Medians of steps {SKIPPED + 1} to {max(metrics)}; phases of several sides run at the same time."]
     lines += [f"Tokens per second, prompts included: {', without balancing '.join(rates)}."]
     return lines
 

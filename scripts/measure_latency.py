@@ -7,7 +7,8 @@
 Starts the engine as a rollout does (routes captured, in-process), lets 1, 2, 4, ... samples generate at the same time,
 and times every step from its start to the start of the next. A point is the median over the steps in which all
 samples decode, the fastest of several repeats: other work on the machine only ever adds. What a prompt token adds comes
-from steps that read many prompts. Without --model, the tiny model of the recipe is made first.
+from steps that read many prompts. Without --model, the tiny model of the recipe is made first. On GPUs, as runs do:
+bfloat16, logits in float32, decoding steps as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -117,12 +118,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="profile to write (JSON)")
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "smoke.yaml", help="whose model is made")
     parser.add_argument("--model", type=Path, help="Hugging Face directory to measure instead")
-    parser.add_argument("--dtype", default="float32", help="of weights and activations")
+    parser.add_argument("--dtype", help="of weights and activations (float32; bfloat16 on GPUs)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seats", type=int, default=256, help="largest batch (samples)")
     parser.add_argument("--tokens", type=int, default=48, help="response tokens of every sample")
     parser.add_argument("--repeats", type=int, default=3, help="times that each batch is measured")
     arguments = parser.parse_args(argv)
+    on_gpu = arguments.device == "cuda"
+    arguments.dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
 
     import os
 
@@ -137,7 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=arguments.device,
             max_model_len=longest,
             max_num_seqs=arguments.seats,
-            kv_cache_memory_bytes=1 << 30,
+            kv_cache_memory_bytes=(8 if on_gpu else 1) << 30,
+            cuda_graphs=on_gpu,
+            float32_head=on_gpu and arguments.dtype != "float32",
         )
         vocabulary = vocabulary_of(model)
         points, prefill, after = asyncio.run(measure(config, batches, arguments.tokens, arguments.repeats, vocabulary))

@@ -50,4 +50,4 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(SystemExit, match="at least 2 nodes of 2 ranks, got 2 ranks"):
         bench_fused.main(["--ranks", "2", "--ep", "2"])
     with pytest.raises(SystemExit, match="expected cases among"):
-        bench_fused.cases(4, "equal,other")
+        bench_fused.cases(4, "equal,other", 8)

@@ -6,8 +6,6 @@ from rl.config import ConfigError, RunConfig, Violation
 from rl.models.architecture import Architecture, UnsupportedModel, read_architecture
 from rl.models.stages import stage_layers
 
-_NOT_TRIED_ON_GPUS = ("deepseek_v3",)
-
 
 def check_model(config: RunConfig) -> Architecture:
     """What the model is, if this project builds it and the configuration fits it.
@@ -40,13 +38,6 @@ def check_against_model(config: RunConfig, arch: Architecture) -> None:
         demand(
             not config.rollout.capture_routes, "rollout.capture_routes", "a dense model has no routes; set it to false."
         )
-    on_gpus = config.trainer.backend == "nccl" or config.rollout.device == "cuda"
-    tried = config.allow_untested or not on_gpus
-    demand(
-        tried or arch.family not in _NOT_TRIED_ON_GPUS,
-        "model.path",
-        f"{arch.family} is tested on CPUs only; set allow_untested: true to run it on GPUs.",
-    )
     # Models with a directory of their own are checked by the ranks that build them.
     elsewhere = {"reward.model.parallel"}
     if config.critic is not None and config.critic.model_path is not None:

@@ -13,11 +13,12 @@ A JSON file ``{"rows": [row, ...]}``; a row is one run:
      "update_seconds": 0.05,        # optional, 0: engines stand still
      "switch_seconds": 0.0,         # optional, 0: colocated, each way
      "slowdown": 1.0,               # optional: time of an engine step in this run / in the profile (shared cores)
+     "skip": 0,                     # optional: so many first steps are simulated and not compared (a loop that fills)
      "steps": [{"step_seconds": 9.8,                          # wall clock, as LoopResult.step_seconds counts it
                 "prompt_tokens": 24,                          # mean of the set
                 "lengths": [[12, 80, 31, 9], [7, 7, 64, 5]]}]}  # response tokens by group, in order of submission
 
-``train`` is a fit over the chunks of the same run. Warm-up steps are to be left out of ``steps``.
+``train`` is a fit over the chunks of the same run. Steps in which kernels are compiled are to be skipped, or left out.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class RealRow:
     Attributes:
         step_seconds: of every step.
         batches: the groups of every step, with the lengths they had.
+        skip: first steps that are simulated and not compared.
     """
 
     engines: int
@@ -52,6 +54,7 @@ class RealRow:
     slowdown: float
     step_seconds: tuple[float, ...]
     batches: tuple[tuple[SimGroup, ...], ...]
+    skip: int = 0
 
 
 def read_real_rows(path: str | Path) -> list[RealRow]:
@@ -89,6 +92,9 @@ def _row(row: Mapping[str, Any]) -> RealRow:
         batches.append(tuple(groups))
     if not batches or not all(batches):
         raise ValueError("expected at least one step, and groups in each")
+    skip = int(row.get("skip", 0))
+    if not 0 <= skip < len(batches):
+        raise ValueError(f"expected to skip fewer than {len(batches)} steps, got {skip}")
     return RealRow(
         row["engines"],
         row["seats"],
@@ -98,6 +104,7 @@ def _row(row: Mapping[str, Any]) -> RealRow:
         float(row.get("slowdown", 1.0)),
         tuple(float(measured["step_seconds"]) for measured in row["steps"]),
         tuple(batches),
+        skip,
     )
 
 
@@ -119,12 +126,12 @@ def simulate_row(row: RealRow, profile: LatencyProfile) -> LoopResult:
 def compare(row: RealRow, profile: LatencyProfile) -> dict[str, Any]:
     """Mean step times of both and the error of the simulated one, as a fraction of the measured."""
     result = simulate_row(row, profile)
-    real, simulated = statistics.fmean(row.step_seconds), result.mean_step_seconds()
+    real, simulated = statistics.fmean(row.step_seconds[row.skip :]), result.mean_step_seconds(row.skip)
     return {
         "mode": row.settings.mode,
         "staleness": row.settings.staleness,
         "engines": row.engines,
-        "steps": len(row.batches),
+        "steps": len(row.batches) - row.skip,
         "measured_step_seconds": real,
         "simulated_step_seconds": simulated,
         "error": simulated / real - 1,

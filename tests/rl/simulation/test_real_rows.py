@@ -37,6 +37,15 @@ def test_a_run_that_is_as_simulated_has_no_error(tmp_path) -> None:
     assert compare(slow, PROFILE)["error"] > 0.1
 
 
+def test_steps_that_are_simulated_and_not_compared(tmp_path) -> None:
+    (row,) = read_real_rows(write(tmp_path / "rows.json", ROW | {"skip": 1}))
+    found = compare(row, PROFILE)
+    assert found["steps"] == 1
+    assert found["simulated_step_seconds"] == simulate_row(row, PROFILE).step_seconds[1]
+    with pytest.raises(ValueError, match="expected to skip fewer than 2 steps, got 2"):
+        read_real_rows(write(tmp_path / "rows.json", ROW | {"skip": 2}))
+
+
 @pytest.mark.parametrize("dispatch", ["fcfs", "random", "longest_first", "skew_aware"])
 def test_policies(tmp_path, dispatch) -> None:
     (row,) = read_real_rows(write(tmp_path / "rows.json", ROW | {"dispatch": dispatch, "engines": 2}))
