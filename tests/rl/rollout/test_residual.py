@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rl.models import tiny
 from rl.rollout import compat, residual
 from rl.rollout.config import EngineConfig, Sampling, engine_environment
 from rl.types import Prompt
+from tests.rl.rollout.engine_process import EngineProcess
 
 
 def test_a_model_without_such_norms() -> None:
@@ -90,3 +92,36 @@ def test_log_probs_are_closer_to_those_of_float32(family, tmp_path, monkeypatch:
         return float(np.mean([(found[uid][1] - exact[uid][1]) ** 2 for uid in same]))
 
     assert error(ours) < error(rounded)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_are_updated_on_every_rank(tmp_path, ranks) -> None:
+    """Every rank has such norms, or the engine does not start; updated, it samples as one that starts from the new
+    weights."""
+    old, new = (tiny.qwen3_moe(tmp_path / str(seed), seed=seed, mlp_only_layers=(1,)) for seed in range(2))
+    prompt = Prompt("p", 0, 0, "", np.arange(5, 45, dtype=np.int32))
+
+    def logprobs(directory: Path, weights: dict[str, torch.Tensor] | None) -> tuple[np.ndarray, np.ndarray]:
+        config = EngineConfig(
+            str(directory),
+            dtype="bfloat16",
+            max_model_len=128,
+            kv_cache_memory_bytes=8 << 20,
+            tensor_parallel=ranks,
+            float32_head=True,
+            float32_residual=True,
+        )
+        with EngineProcess(config) as engine:
+            if weights is not None:
+                engine.call("update_weights", 1, [weights])
+            (sample,) = engine.call("generate", prompt, ["s"], Sampling(32, temperature=1.0, ignore_eos=True), 0)
+        return sample.response_tokens, sample.rollout_logprobs
+
+    found, expected = (
+        logprobs(old, load_file(new / "model.safetensors")),
+        logprobs(new, None),
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not np.array_equal(logprobs(old, None)[1], expected[1])
