@@ -136,7 +136,9 @@ def stacked_chart(name: str, steps: Sequence[int], parts: Mapping[str, Sequence[
     group = math.ceil(len(steps) / _BARS)
     middles = _means(steps, group)
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(name, right=0.72)
+        # As much room beside the bars as the longest name takes.
+        longest = max((len(label) for label, _ in stacks), default=0)
+        figure, axes = _figure(name, right=0.9 - 0.013 * longest)
         bottom = [0.0] * len(middles)
         for index, (label, values) in enumerate(stacks):
             heights = _means(values, group)
@@ -147,7 +149,8 @@ def stacked_chart(name: str, steps: Sequence[int], parts: Mapping[str, Sequence[
         _dress(axes, "step" if group == 1 else f"step (a bar is the mean of {group})")
         axes.set_ylim(bottom=0)
         handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1.02), borderaxespad=0)
+        place = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.02), "borderaxespad": 0, "handlelength": 1.0}
+        axes.legend(handles[::-1], labels[::-1], **place)
         return _svg(figure, name)
 
 
