@@ -41,12 +41,16 @@ def test_norms_of_another_vllm_only_matter_to_who_asks(monkeypatch: pytest.Monke
         raise residual.check(None).error
 
 
+# Every expert computes every token, since another route would make more difference than any rounding.
+DENSE = {"experts": 4, "topk": 4}
 FAMILIES = {
-    "mixtral": tiny.mixtral,
-    "qwen2_moe": tiny.qwen2_moe,
-    "olmoe": tiny.olmoe,
-    "glm4_moe": tiny.glm4_moe,
-    "deepseek": tiny.deepseek_v3,
+    "llama": (tiny.llama, {}),
+    "qwen3_moe": (tiny.qwen3_moe, DENSE),
+    "mixtral": (tiny.mixtral, DENSE),
+    "qwen2_moe": (tiny.qwen2_moe, DENSE),
+    "olmoe": (tiny.olmoe, DENSE),
+    "glm4_moe": (tiny.glm4_moe, DENSE),
+    "deepseek": (tiny.deepseek_v3, {**DENSE, "groups": 1, "chosen_groups": 1}),
 }
 
 
@@ -54,16 +58,10 @@ FAMILIES = {
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_are_closer_to_those_of_float32(family, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every expert computes every token, since another route would make more difference than any rounding."""
     for name, value in engine_environment("cpu").items():
         monkeypatch.setenv(name, value)
-    directory: Path = FAMILIES[family](
-        tmp_path / "model",
-        layers=32,
-        experts=4,
-        topk=4,
-        **({"groups": 1, "chosen_groups": 1} if family == "deepseek" else {}),
-    )
+    make, sizes = FAMILIES[family]
+    directory: Path = make(tmp_path / "model", layers=32, **sizes)
     prompts = [
         Prompt(f"p{i}", i, 0, "", np.random.default_rng(i).integers(5, 250, 12).astype(np.int32)) for i in range(200)
     ]
