@@ -82,7 +82,7 @@ METRICS = BALANCE_METRICS | {
     "perf/tokens_per_second": "Tokens of the iteration's samples over its seconds.",
     "perf/time/<phase>": "Seconds of one phase: generate, reward, reorder, prepare, old_logprob, values, train, "
     "export, offload, transfer, weight_update, evaluate, checkpoint.",
-    "perf/memory_gib/<turn>": "Colocated: most GiB in use on a GPU at the end of the turns of generate and train.",
+    "perf/memory_gib/<turn>": "Colocated: most GiB in use on a GPU in the turns of generate and train.",
     "eval/accuracy": "Fraction of held-out prompts answered correctly; of their samples, if there are several.",
     "eval/avg@<n>": "The same, where each prompt is answered n times.",
     "eval/pass@<k>": "Probability that at least one of k samples of a prompt is correct (unbiased estimate), mean.",

@@ -87,7 +87,7 @@ class Run:
         fused: runs the actor's steps together with its partner's work; None: nothing is fused.
         tail: says when the tail of a batch is gathered, and runs passes beside it; None: nothing is.
         turn: who has the GPUs of a colocated run.
-        memory_gib: most GiB in use on a GPU at the end of each one's turns (of a process, on CPU); colocated only.
+        memory_gib: most GiB in use on a GPU in each one's turns (of a process, on CPU); colocated only.
         transfer_seconds: that the last update took, from when it was sent to when the last engine had it.
         version: weight version of the engines.
         whole: whether the trainer's state is that of ``step``: False from the moment an iteration begins to train.
@@ -277,7 +277,7 @@ class Run:
             self.turn = "engines"
 
     def _note_memory(self, turn: str) -> None:
-        used = max(report.device_used for report in self.trainer.memory()) / 2**30
+        used = max(report.most_used for report in self.trainer.memory()) / 2**30
         self.memory_gib[turn] = max(used, self.memory_gib.get(turn, 0.0))
 
     def engine_slowdown(self) -> dict[str, float]:

@@ -81,6 +81,17 @@ class MemoryReport:
     device_total: int | None = None
     torch_free: int | None = None
 
+    @property
+    def most_used(self) -> int:
+        """Of the GPU, by all its processes, when this rank's torch held most since the last report; on a CPU, now.
+
+        What others hold now is taken to be what they held then.
+        """
+        if self.device_total is None or self.torch_free is None:
+            return self.device_used
+        others = self.device_total - self.torch_free - self.torch_allocated
+        return others + self.device_peak
+
 
 def merge_reports(reports: Sequence[OffloadReport]) -> OffloadReport:
     """Reports of all ranks as one."""

@@ -8,7 +8,7 @@ from rl.models import tiny
 from rl.models.weights import export_weights
 from rl.training.batch import MiniBatch
 from rl.training.objectives import PolicyObjective
-from rl.training.offload import PARTS, Offloaded, OffloadReport, merge_reports
+from rl.training.offload import PARTS, MemoryReport, Offloaded, OffloadReport, merge_reports
 from rl.training.passes import PassSettings
 from rl.training.worker import OptimizerSpec
 from tests.rl.training.common import LOSS, make_layout, make_samples, make_worker, worst
@@ -219,3 +219,10 @@ def test_a_critic_is_offloaded_with_its_actor(ranks, directory):
 
 def held_by_an_actor(directory):
     return make_worker(directory, {"ep": 2}).offloader.memory().torch_allocated
+
+
+def test_memory_at_the_fullest():
+    """40 of 80 in use, 12 of them reserved by this rank for tensors of 10, which reserved 30 before."""
+    report = MemoryReport(device_used=40, device_peak=30, torch_allocated=10, device_total=80, torch_free=40 + 12 - 10)
+    assert report.most_used == (40 - 12) + 30
+    assert MemoryReport(device_used=7, device_peak=9, torch_allocated=5).most_used == 7
