@@ -71,7 +71,13 @@ def test_log_probs_are_closer_to_those_of_float32(family, tmp_path, monkeypatch:
         from rl.rollout.engine import RolloutEngine
 
         engine = RolloutEngine(
-            EngineConfig(str(directory), dtype=dtype, max_model_len=64, float32_head=wide, float32_residual=wide)
+            EngineConfig(
+                str(directory),
+                dtype=dtype,
+                max_model_len=64,
+                float32_head=dtype == "bfloat16",
+                float32_residual=wide,
+            )
         )
         await engine.start()
         sampling = Sampling(max_tokens=1, temperature=1.0, ignore_eos=True)
