@@ -19,6 +19,7 @@ from rl.planning.memory import (
     trainer_memory,
 )
 from rl.planning.parameters import total_parameters
+from rl.transfer.turns import DEPTH, GPU_BUCKET_BYTES
 from tests.rl.planning.models import ROOT, published, tiny
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -100,6 +101,27 @@ def test_measured_run():
         kv_cache_bytes=16 * GIB,
         seats=512,
         trainer_residue=residue_bytes(model, 2, None),
+    )
+    assert engine.total / GIB == pytest.approx(row["memory_gib"]["generate"], rel=BAR)
+
+
+def test_measured_engines_beside_staging_memory():
+    """Engines' turn of the colocated run of stream-real-gpu-2.json: CUDA graphs, weights by way of a ring of buckets."""
+    rows = json.loads((RESULTS / "stream-real-gpu-2.json").read_text())["rows"]
+    (row,) = [row for row in rows if row["mode"] == "colocated"]
+    arch = Architecture(
+        "mixtral", 30, tuple(range(30)), 576, 9, 3, 64, 1536, 1536, 8, 2, True, False, False, 49152, True, 1e-5, 1e4,
+        8192, "bfloat16",
+    )  # fmt: skip
+    model = ModelOnRanks("actor", arch, ParallelSection(ep=2), True, Workload(16384, 2, 1.2))
+    staging = DEPTH * GPU_BUCKET_BYTES
+    engine = engine_memory(
+        arch,
+        width=2,
+        tensor_parallel=1,
+        kv_cache_bytes=16 * GIB,
+        seats=512,
+        trainer_residue=residue_bytes(model, 2, None, staging),
     )
     assert engine.total / GIB == pytest.approx(row["memory_gib"]["generate"], rel=BAR)
 
