@@ -3,7 +3,7 @@
 import pytest
 
 from rl.config import from_dict
-from rl.orchestration.actors import trainer_spec
+from rl.orchestration.actors import engine_config, trainer_spec
 from tests.rl.test_config import PPO, changed
 
 PP2 = [("trainer.ranks", 4), ("trainer.parallel", {"pp": 2, "ep": 2})]
@@ -40,3 +40,11 @@ def test_the_partners_stages_lie_against_the_actors():
     assert reference.layout_of("reference").placement == ((1, 0),)
     off = trainer_spec(from_dict(changed(*PP2, *kl, ("fuse.training.mode", "off"))), iterations=1)
     assert off.reference_layout is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_float32_stream_is_of_both_and_engines_of_float32_models_have_none(dtype):
+    changes = [("model.dtype", dtype), ("model.float32_residual", True), ("allow_untested", True)]
+    config = from_dict(changed(*changes))
+    assert trainer_spec(config, iterations=1).float32_residual
+    assert engine_config(config).float32_residual == (dtype == "bfloat16")

@@ -106,7 +106,7 @@ def test_measured_run():
 
 
 def test_measured_engines_beside_staging_memory():
-    """Engines' turn of the colocated run of stream-real-gpu-2.json: CUDA graphs, weights by way of a ring of buckets."""
+    """The colocated run of stream-real-gpu-2.json, turn of engines: CUDA graphs, weights through a ring of buckets."""
     rows = json.loads((RESULTS / "stream-real-gpu-2.json").read_text())["rows"]
     (row,) = [row for row in rows if row["mode"] == "colocated"]
     arch = Architecture(
