@@ -3,6 +3,7 @@
 import pytest
 
 from rl.config import from_dict
+from rl.models import tiny
 from rl.orchestration.actors import engine_config, trainer_spec
 from tests.rl.test_config import PPO, changed
 
@@ -43,8 +44,10 @@ def test_the_partners_stages_lie_against_the_actors():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_float32_stream_is_of_both_and_engines_of_float32_models_have_none(dtype):
-    changes = [("model.dtype", dtype), ("model.float32_residual", True), ("allow_untested", True)]
-    config = from_dict(changed(*changes))
+def test_a_float32_stream_is_of_both_and_engines_of_float32_models_have_none(dtype, tmp_path):
+    model = tiny.qwen3_moe(tmp_path, layers=1)
+    changes = [("path", str(model)), ("dtype", dtype), ("float32_residual", True)]
+    changes = [(f"model.{name}", value) for name, value in changes]
+    config = from_dict(changed(("allow_untested", True), *changes))
     assert trainer_spec(config, iterations=1).float32_residual
     assert engine_config(config).float32_residual == (dtype == "bfloat16")
