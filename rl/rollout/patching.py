@@ -1,4 +1,4 @@
-"""Functions of vLLM's are exchanged only where they look as they did in the versions that was tried with."""
+"""Functions of vLLM's are exchanged only where they look as they did in the versions that this was tried with."""
 
 from __future__ import annotations
 

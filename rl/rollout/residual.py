@@ -17,8 +17,7 @@ from rl.rollout.ranks import answered
 SETTING = "ultraep_float32_residual"
 _PARAMETERS = ("self", "hidden_size", "eps", "var_hidden_size", "has_weight", "dtype")
 
-
-_refused: list[compat.UnexpectedVllm] = []
+_refused: list[compat.UnexpectedVllm] = []  # why norms could not be exchanged
 
 
 def offer() -> None:
