@@ -45,11 +45,13 @@ class RouteRef:
     """Where the routes of one sample are; the rows themselves are not in here.
 
     Attributes:
-        handle: a Ray ``ObjectRef`` of a uint8/uint16 array ``[T-1, L, K]``, or the array itself outside Ray.
+        handle: a Ray ``ObjectRef`` of a uint8/uint16 array ``[rows, L, K]``, or the array itself outside Ray. Samples
+            that came in one answer share one, since fetching an object for each takes longer than its bytes.
         engine: index of the engine that produced (and slices) it.
         shape: ``(T-1, L, K)``.
         dtype: ``"uint8"`` or ``"uint16"``: the smallest unsigned type that holds every expert id.
         sample_id: whose they are, for errors.
+        first: row of the array where this sample's begin.
     """
 
     handle: Any
@@ -57,6 +59,11 @@ class RouteRef:
     shape: tuple[int, int, int]
     dtype: str
     sample_id: str = ""
+    first: int = 0
+
+    def of(self, array: np.ndarray) -> np.ndarray:
+        """This sample's rows ``[T-1, L, K]`` of the handle's array, a view."""
+        return array[self.first : self.first + self.shape[0]]
 
 
 @dataclass(frozen=True)

@@ -298,8 +298,9 @@ def save_trace(run: Run, samples: Sequence[Sample]) -> None:
         moe_layers=len(run.arch.moe_layers),
         topk=run.arch.topk,
         samples=tuple(
-            TraceSample(s.sample_id, array, s.prompt_length, _row_spans(s))
+            TraceSample(s.sample_id, s.routes.of(array), s.prompt_length, _row_spans(s))
             for s, array in zip(routed, arrays, strict=True)
+            if s.routes
         ),
         model=asdict(run.arch),
     ).save(path)

@@ -1,8 +1,9 @@
-"""A rollout engine as a Ray actor: its samples, and their routes as objects of their own.
+"""A rollout engine as a Ray actor: its samples, and their routes as an object of its own.
 
-Rows of routes are separate return values of the actor's call. Ray then keeps them in the object store of the engine's
-node, but they belong to the process that asked: they can still be fetched, by anybody, when the engine's process is
-gone. What the engine put there itself would go with it. (Up to 100 KB, Ray hands them over with the answer instead.)
+Rows of routes of all samples of an answer are a second return value of the actor's call. Ray then keeps them in the
+object store of the engine's node, but they belong to the process that asked: they can still be fetched, by anybody,
+when the engine's process is gone. What the engine put there itself would go with it. (Up to 100 KB, Ray hands them over
+with the answer instead.)
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import ray
 
 from rl.rollout.config import Sampling
@@ -27,8 +29,8 @@ class EngineActor(RolloutEngine):
     async def generate_apart(
         self, prompt: Prompt, sample_ids: Sequence[str], sampling: Sampling, seed: int
     ) -> tuple[Any, ...]:
-        """:meth:`generate` with ``1 + len(sample_ids)`` return values: samples whose routes have no handle, and the
-        rows of each (None where there are none)."""
+        """:meth:`generate` with two return values: samples whose routes have no handle, and the rows of all of them
+        (None where there are none)."""
         return _apart(await self.generate(prompt, sample_ids, sampling, seed))
 
     async def continue_apart(self, samples: Sequence[Sample], sampling: Sampling, seed: int) -> tuple[Any, ...]:
@@ -40,30 +42,36 @@ class EngineActor(RolloutEngine):
         return _apart(self.finished(sample_ids))
 
 
-def call_apart(method: Any, count: int, *arguments: Any) -> tuple[ray.ObjectRef, list[ray.ObjectRef]]:
-    """Call a method of :class:`EngineActor` that answers for ``count`` samples.
-
-    Returns:
-        references to the samples and to the rows of each.
-    """
-    samples, *rows = method.options(num_returns=1 + count).remote(*arguments)
+def call_apart(method: Any, *arguments: Any) -> tuple[ray.ObjectRef, ray.ObjectRef]:
+    """Call a method of :class:`EngineActor`; references to the samples and to the rows of all of them."""
+    samples, rows = method.options(num_returns=2).remote(*arguments)
     return samples, rows
 
 
-def with_rows(samples: Sequence[Answer], rows: Sequence[ray.ObjectRef]) -> list[Answer]:
+def with_rows(samples: Sequence[Answer], rows: ray.ObjectRef) -> list[Answer]:
     """The samples of :func:`call_apart` with references to their rows."""
-    return [_with_handle(sample, handle) for sample, handle in zip(samples, rows, strict=True)]
+    return [s if (routes := _routes(s)) is None else _with(s, replace(routes, handle=rows)) for s in samples]
 
 
 def _apart(samples: Sequence[Answer]) -> tuple[Any, ...]:
-    return [_with_handle(s, None) for s in samples], *(None if r is None else r.handle for r in map(_routes, samples))
+    answers: list[Answer] = []
+    arrays: list[np.ndarray] = []
+    first = 0
+    for sample in samples:
+        routes = _routes(sample)
+        if routes is None:
+            answers.append(sample)
+            continue
+        answers.append(_with(sample, replace(routes, handle=None, first=first)))
+        arrays.append(routes.of(routes.handle))
+        first += len(arrays[-1])
+    return answers, np.concatenate(arrays) if arrays else None
 
 
 def _routes(sample: Answer) -> RouteRef | None:
     return sample.routes if isinstance(sample, Sample) else None
 
 
-def _with_handle(sample: Answer, handle: Any) -> Answer:
-    if not isinstance(sample, Sample) or sample.routes is None:
-        return sample
-    return replace(sample, routes=replace(sample.routes, handle=handle))
+def _with(sample: Answer, routes: RouteRef) -> Answer:
+    assert isinstance(sample, Sample)
+    return replace(sample, routes=routes)

@@ -437,13 +437,19 @@ class RolloutEngine:
         return [histogram(a[rows], self.info.experts) for a, (_, rows, _) in zip(arrays, checked, strict=True)]
 
     async def _all_rows(self, references: Sequence[RouteRef]) -> list[np.ndarray]:
-        """At the same time: short ones are with the process that asked for the samples, a round trip away."""
-        return list(await asyncio.gather(*(self._rows(reference) for reference in references)))
+        """Every object once, all at the same time: short ones are with the process that asked for the samples, a round
+        trip away."""
+        apart = {_name(reference): reference.handle for reference in references}
+        arrays = dict(zip(apart, await asyncio.gather(*(map(self._fetch, apart.values()))), strict=True))
+        return [reference.of(arrays[_name(reference)]) for reference in references]
 
     async def _rows(self, reference: RouteRef) -> np.ndarray:
-        if isinstance(reference.handle, np.ndarray):
-            return reference.handle
-        return await self._wait_for(reference.handle, self.config.generate_timeout_s, "routes in the object store")
+        return reference.of(await self._fetch(reference.handle))
+
+    async def _fetch(self, handle: Any) -> np.ndarray:
+        if isinstance(handle, np.ndarray):
+            return handle
+        return await self._wait_for(handle, self.config.generate_timeout_s, "routes in the object store")
 
     # ------------------------------------------------------------------ weights
 
@@ -620,3 +626,9 @@ def _describe(engine: Any) -> tuple[tuple[int, ...], int, int, int]:
     layers = tuple(call_ranks(engine, "ultraep_moe_layer_ids")[0])
     experts, topk = compat.model_shape(engine) if layers else (0, 0)
     return layers, experts, topk, compat.cache_tokens(engine)
+
+
+def _name(reference: RouteRef) -> Any:
+    """Of the object that its rows are in: references to one object are equal, arrays are not to be compared."""
+    handle = reference.handle
+    return id(handle) if isinstance(handle, np.ndarray) else handle

@@ -243,7 +243,7 @@ class EnginePool:
     ) -> Future[GroupOfSamples]:
         """One group by one engine."""
         method = self._handle(index).generate_apart
-        samples, rows = call_apart(method, len(sample_ids), prompt, list(sample_ids), sampling, seed)
+        samples, rows = call_apart(method, prompt, list(sample_ids), sampling, seed)
         return _future(samples, index, f"samples of prompt {prompt.uid}", lambda value: with_rows(value, rows))
 
     def continue_on(
@@ -251,7 +251,7 @@ class EnginePool:
     ) -> Future[GroupOfSamples]:
         """Aborted samples of one group go on at another engine, see ``RolloutEngine.continue_samples``."""
         method = self._handle(index).continue_apart
-        answers, rows = call_apart(method, len(samples), list(samples), sampling, seed)
+        answers, rows = call_apart(method, list(samples), sampling, seed)
         what = f"the rest of {len(samples)} samples of prompt {samples[0].prompt.uid}"
         return _future(answers, index, what, lambda value: with_rows(value, rows))
 
@@ -263,7 +263,7 @@ class EnginePool:
     def finished_on(self, index: int, sample_ids: Sequence[str]) -> Future[list[Sample]]:
         """Those samples of one engine that have ended, of groups that still run."""
         method = self._handle(index).finished_apart
-        samples, rows = call_apart(method, len(sample_ids), list(sample_ids))
+        samples, rows = call_apart(method, list(sample_ids))
         what = "samples that have ended"
         return _future(samples, index, what, lambda value: [s for s in with_rows(value, rows) if isinstance(s, Sample)])
 

@@ -89,7 +89,7 @@ class RoutesOfEngines:
 
 def _cut(request: RouteSlice, timeout_s: float) -> np.ndarray:
     reference, rows, layers = checked_slice(request)
-    return np.ascontiguousarray(ray.get(reference.handle, timeout=timeout_s)[rows, layers])
+    return np.ascontiguousarray(reference.of(ray.get(reference.handle, timeout=timeout_s))[rows, layers])
 
 
 def _lost(engine: int, requests: Sequence[tuple[Any, ...]]) -> RoutesLost:

@@ -45,7 +45,7 @@ class RouteSource(Protocol):
 
 def local_routes(requests: Sequence[RouteSlice]) -> list[np.ndarray]:
     """Routes whose references hold the array itself (no Ray)."""
-    return [ref.handle[rows:stop, first:last] for ref, rows, stop, first, last in requests]
+    return [ref.of(ref.handle)[rows:stop, first:last] for ref, rows, stop, first, last in requests]
 
 
 @dataclass

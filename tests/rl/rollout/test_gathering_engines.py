@@ -89,7 +89,9 @@ def check(
 def compare(sample: Sample, model: Path, temperature: float) -> None:
     """With transformers, which reads all tokens at once."""
     assert sample.routes is not None
-    assert_equals_transformers(sample, model, temperature, routes=ray.get(sample.routes.handle, timeout=30))
+    assert_equals_transformers(
+        sample, model, temperature, routes=sample.routes.of(ray.get(sample.routes.handle, timeout=30))
+    )
 
 
 @pytest.mark.slow

@@ -69,7 +69,9 @@ def test_every_prompt_comes_back_once_with_its_group(pool: EnginePool, models: l
         assert [s.sample_id for s in group] == [f"{group[0].prompt.uid}/{k}" for k in range(4)]
     sample = groups[0][0]
     assert isinstance(sample.routes.handle, ray.ObjectRef), "rows must travel by reference"
-    assert_equals_transformers(sample, models[0], TEMPERATURE, routes=ray.get(sample.routes.handle, timeout=30))
+    assert_equals_transformers(
+        sample, models[0], TEMPERATURE, routes=sample.routes.of(ray.get(sample.routes.handle, timeout=30))
+    )
 
 
 def test_async_generation(pool: EnginePool) -> None:
@@ -84,7 +86,19 @@ def test_rows_are_sliced_where_they_are(pool: EnginePool) -> None:
     requests = [(samples[0].routes, 3, 9, 1, 2), (samples[1].routes, 0, 2, 0, 4)]
     parts = ray.get(pool.handles[0].slice_routes.remote(requests), timeout=30)
     for part, (reference, row, row_stop, layer, layer_stop) in zip(parts, requests, strict=True):
-        np.testing.assert_array_equal(part, ray.get(reference.handle, timeout=30)[row:row_stop, layer:layer_stop])
+        whole = reference.of(ray.get(reference.handle, timeout=30))
+        np.testing.assert_array_equal(part, whole[row:row_stop, layer:layer_stop])
+
+
+def test_samples_of_a_group_share_an_object(pool: EnginePool) -> None:
+    (group,) = pool.generate(prompts(1), 3, SAMPLING, seed=3)
+    assert len({s.routes.handle for s in group}) == 1
+    assert [s.routes.first for s in group] == np.cumsum([0, *(s.length - 1 for s in group[:2])]).tolist()
+    parts = ray.get(pool.handles[0].slice_routes.remote([(s.routes, 0, s.length - 1, 0, 4) for s in group]), timeout=30)
+    counts = ray.get(pool.handles[0].count_routes.remote([(s.routes, 0, s.length - 1) for s in group]), timeout=30)
+    for sample, part, count in zip(group, parts, counts, strict=True):
+        np.testing.assert_array_equal(layer_digests(part), sample.route_digests)
+        np.testing.assert_array_equal(count, sample.histogram)
 
 
 def test_weights_arrive_as_references(pool: EnginePool, models: list[Path]) -> None:
@@ -100,7 +114,9 @@ def test_weights_arrive_as_references(pool: EnginePool, models: list[Path]) -> N
         assert pool.update_weights(version, chunks, manifest) < 30
         sample = next(pool.generate(prompts(1), 1, SAMPLING, seed=version))[0]
         assert sample.weight_versions == ((0, version),)
-        assert_equals_transformers(sample, path, TEMPERATURE, routes=ray.get(sample.routes.handle, timeout=30))
+        assert_equals_transformers(
+            sample, path, TEMPERATURE, routes=sample.routes.of(ray.get(sample.routes.handle, timeout=30))
+        )
 
 
 def test_stopping_early_aborts_the_rest(pool: EnginePool) -> None:

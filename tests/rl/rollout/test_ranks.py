@@ -111,7 +111,9 @@ def check(pool: EnginePool, model: Path, version: int, count: int = 2) -> None:
         for sample in group:
             assert isinstance(sample, Sample)
             assert sample.weight_versions == ((0, version),)
-            assert_equals_transformers(sample, model, TEMPERATURE, routes=ray.get(sample.routes.handle, timeout=30))
+            assert_equals_transformers(
+                sample, model, TEMPERATURE, routes=sample.routes.of(ray.get(sample.routes.handle, timeout=30))
+            )
 
 
 def replaced(pool: EnginePool, service: GenerationService, kill: int) -> None:

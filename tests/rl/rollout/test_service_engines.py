@@ -114,7 +114,9 @@ def test_killed_engines_lose_and_repeat_nothing(pool: EnginePool, models: list[P
         np.testing.assert_array_equal(count, sample.histogram)
     for sample in later:
         assert sample.weight_versions == ((0, 1),)
-        assert_equals_transformers(sample, models[1], TEMPERATURE, routes=ray.get(sample.routes.handle, timeout=30))
+        assert_equals_transformers(
+            sample, models[1], TEMPERATURE, routes=sample.routes.of(ray.get(sample.routes.handle, timeout=30))
+        )
 
 
 @pytest.mark.slow
