@@ -79,6 +79,15 @@ def test_measured_models(shape, slots, row):
     assert planned == pytest.approx(row["device_gib"], rel=BAR), [(p.name, p.bytes / GIB) for p in memory.parts]
 
 
+def beside_two_ranks(arch, model, staging):
+    """GiB of an engine's GPU with a cache of 16 GiB, beside one of two trainer ranks that are offloaded."""
+    residue = residue_bytes(model, 2, None, staging)
+    memory = engine_memory(
+        arch, width=2, tensor_parallel=1, kv_cache_bytes=16 * GIB, seats=512, trainer_residue=residue
+    )
+    return memory.total / GIB
+
+
 def test_measured_run():
     """The colocated run of stream-real-gpu.json: everything that is on a GPU at the end of each one's turn.
 
@@ -94,15 +103,7 @@ def test_measured_run():
     model = ModelOnRanks("actor", arch, ParallelSection(ep=2), True, Workload(16384, 2, 1.2))
     (memory,) = trainer_memory([model], 2, 1, distributed_optimizer=True, asleep=True)
     assert memory.total / GIB == pytest.approx(row["memory_gib"]["train"], rel=BAR)
-    engine = engine_memory(
-        arch,
-        width=2,
-        tensor_parallel=1,
-        kv_cache_bytes=16 * GIB,
-        seats=512,
-        trainer_residue=residue_bytes(model, 2, None),
-    )
-    assert engine.total / GIB == pytest.approx(row["memory_gib"]["generate"], rel=BAR)
+    assert beside_two_ranks(arch, model, 0) == pytest.approx(row["memory_gib"]["generate"], rel=BAR)
 
 
 def test_measured_engines_beside_staging_memory():
@@ -114,16 +115,8 @@ def test_measured_engines_beside_staging_memory():
         8192, "bfloat16",
     )  # fmt: skip
     model = ModelOnRanks("actor", arch, ParallelSection(ep=2), True, Workload(16384, 2, 1.2))
-    staging = DEPTH * GPU_BUCKET_BYTES
-    engine = engine_memory(
-        arch,
-        width=2,
-        tensor_parallel=1,
-        kv_cache_bytes=16 * GIB,
-        seats=512,
-        trainer_residue=residue_bytes(model, 2, None, staging),
-    )
-    assert engine.total / GIB == pytest.approx(row["memory_gib"]["generate"], rel=BAR)
+    planned = beside_two_ranks(arch, model, DEPTH * GPU_BUCKET_BYTES)
+    assert planned == pytest.approx(row["memory_gib"]["generate"], rel=BAR)
 
 
 def test_slots_are_those_that_balancing_makes():
